@@ -1,0 +1,142 @@
+"""What the engine and the device say to each other: requests, the chunks of a step, and what was sampled.
+
+Plain Python on token ids: knows no tensors, no text and no HTTP.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+
+class FinishReason(StrEnum):
+    """Why a request ended, in OpenAI's words where OpenAI has one."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen, and when to end; everything here is in token ids.
+
+    Penalties as OpenAI defines presence and frequency (over generated tokens), and as the CTRL paper (arXiv
+    1909.05858, section 4.1) defines repetition (over prompt and generated tokens).
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop_token_ids: frozenset[int] = frozenset()  # end-of-sequence ids among them, unless they are to be ignored
+    logprobs: int | None = None  # how many alternatives to report beside the chosen token; None reports nothing
+    prompt_logprobs: int | None = None  # the same for every position of the prompt
+
+
+class Request:
+    """One generation, as ids. The scheduler alone changes it; the device reads it."""
+
+    __slots__ = (
+        "block_ids",
+        "id",
+        "num_computed_tokens",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "params",
+        "priority",
+        "token_ids",
+    )
+
+    def __init__(self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, priority: int = 0) -> None:
+        self.id = request_id
+        self.params = params
+        self.priority = priority  # a lower number is served first
+        self.token_ids = list(prompt_ids)  # the prompt and all that was generated
+        self.num_prompt_tokens = len(prompt_ids)
+        self.num_computed_tokens = 0  # keys and values of this many leading tokens stand in the cache
+        self.num_preemptions = 0
+        self.block_ids: list[int] = []
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """The tokens [start, end) of one request, to be computed in this step.
+
+    `block_ids` holds the request's cache blocks up to `end` at least: position p lives in slot
+    block_ids[p // block_size] * block_size + p % block_size.
+    """
+
+    request: Request
+    start: int
+    end: int
+    block_ids: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the chunk reaches the request's end, so that a token is to be sampled."""
+        return self.end == self.request.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The log-probability of one token under the model's own distribution, and its rank (1 is most likely)."""
+
+    token_id: int
+    logprob: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """What the device answers for one chunk.
+
+    `token_id` is None when the chunk was not its request's last. `logprobs` starts with the chosen token and goes on
+    with the most likely ones, best first (the chosen one among them again when it is one of them).
+    `prompt_logprobs` has one such tuple for each prompt position in [max(start, 1), min(end + 1, num_prompt_tokens)).
+    """
+
+    token_id: int | None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvent:
+    """One step's news of one request: a token, its end, or both. The last event alone has a finish reason."""
+
+    request_id: str
+    token_id: int | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+
+
+class Runner(Protocol):
+    """What the engine needs of a device: one call a step, an answer for each chunk in the same order."""
+
+    def run(self, chunks: list[Chunk]) -> list[Sampled]: ...

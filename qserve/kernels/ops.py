@@ -1,0 +1,159 @@
+"""The seam between the decoder and its kernels: the stages of a layer as a Protocol, and the data that they share.
+
+Knows no model, no request and no file. `reference.py` is the plain torch twin of every stage and the oracle of the
+others; the decoder calls only what stands here.
+
+Between two stages everything is float32, contiguous, (tokens, features). A layer is six calls:
+
+    qkv = norm_linear(x, input_norm, qkv_linear)                queries, keys, values side by side
+    rotate_and_store(qkv, attention, rotary, batch, cache)      in place; writes keys and values into the cache
+    a = attend(qkv, attention, batch, cache)
+    x = linear_add(a, out_linear, x, ...)
+    gate_up = norm_linear(x, post_norm, gate_up_linear)         gate and up side by side
+    x = gated_linear_add(gate_up, down_linear, x, ...)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from torch import Tensor
+
+from qserve.kernels.linear import Linear
+from qserve.quant.weight import Weight
+
+
+class NormKind(StrEnum):
+    """RMS divides by the root of the mean square; LAYER takes the mean away first."""
+
+    RMS = "rms"
+    LAYER = "layer"
+
+
+class Activation(StrEnum):
+    """What is applied to the gate."""
+
+    SILU = "silu"
+    GELU = "gelu"
+    GELU_TANH = "gelu-tanh"
+    RELU = "relu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norm:
+    """y = normalized(x) * weight + bias, in float32. Gemma's (1 + weight) is added when the weight is read."""
+
+    weight: Tensor  # (features,), float32
+    bias: Tensor | None = None  # (features,), float32
+    eps: float
+    kind: NormKind = NormKind.RMS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """One layer's attention. Columns of qkv: num_heads * head_dim queries, num_kv_heads * head_dim keys, then values.
+
+    A query at position i sees keys at positions j with i - sliding_window < j <= i. A score is q.k * scale, then
+    soft_cap * tanh(score / soft_cap). A query or key norm whose weight is head_dim long is taken over each head alone,
+    a longer one over all heads together.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+
+    @property
+    def query_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def key_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotary:
+    """Cosines and sines by position, any attention factor multiplied in. Column i turns the pair (i, i + half).
+
+    Only the first 2 * half columns of a head turn; the others pass.
+    """
+
+    cos: Tensor  # (positions, half), float32
+    sin: Tensor  # (positions, half), float32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheLayer:
+    """One layer's keys and values. Slot s is position s % block_size of block s // block_size."""
+
+    keys: Tensor  # (num_blocks, num_kv_heads, block_size, head_dim), float32 or bfloat16
+    values: Tensor  # the same
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The chunks of one step as flat tensors: chunk c has the rows [query_starts[c], query_starts[c + 1]).
+
+    Its tokens are the last of context_lens[c] tokens, all of which stand in the blocks of block_tables[c] once
+    `rotate_and_store` has run. A table is as wide as the longest; what lies past a chunk's own blocks is 0 and unread.
+    """
+
+    token_ids: Tensor  # (tokens,), int64
+    positions: Tensor  # (tokens,), int64
+    slots: Tensor  # (tokens,), int64
+    query_starts: Tensor  # (chunks + 1,), int32
+    context_lens: Tensor  # (chunks,), int32
+    block_tables: Tensor  # (chunks, max_blocks), int32
+    sample_rows: Tensor  # (samples,), int64: the rows whose logits are wanted
+    # The same two as plain numbers, so that nobody waits for a device to read them.
+    chunk_tokens: tuple[int, ...]
+    chunk_ends: tuple[int, ...]
+
+
+class Ops(Protocol):
+    """The stages. No stage may let a row's result depend on the rows beside it."""
+
+    def pack(self, weights: Sequence[Weight], *, biases: Sequence[Tensor | None]) -> Linear:
+        """Lay out weights that share one input, their outputs side by side; each weight has its bias or None."""
+
+    def embed(self, token_ids: Tensor, table: Weight, *, scale: float) -> Tensor:
+        """Rows of the table times scale: (tokens, hidden)."""
+
+    def norm_linear(self, x: Tensor, norm: Norm | None, linear: Linear) -> Tensor:
+        """linear(norm(x)): (tokens, out_features)."""
+
+    def rotate_and_store(
+        self, qkv: Tensor, attention: AttentionSpec, rotary: Rotary | None, batch: Batch, cache: CacheLayer
+    ) -> None:
+        """Normalize and turn queries and keys in place; write keys and values into their slots."""
+
+    def attend(self, qkv: Tensor, attention: AttentionSpec, batch: Batch, cache: CacheLayer) -> Tensor:
+        """Causal attention of each row over its own chunk's cache: (tokens, num_heads * head_dim)."""
+
+    def linear_add(
+        self, x: Tensor, linear: Linear, residual: Tensor, *, post_norm: Norm | None = None, multiplier: float = 1.0
+    ) -> Tensor:
+        """residual + multiplier * post_norm(linear(x)); the residual is left as it is or reused, never read again."""
+
+    def gated_linear_add(
+        self,
+        gate_up: Tensor,
+        linear: Linear,
+        residual: Tensor,
+        *,
+        activation: Activation,
+        post_norm: Norm | None = None,
+        multiplier: float = 1.0,
+    ) -> Tensor:
+        """residual + multiplier * post_norm(linear(activation(gate) * up)), gate the left half of the columns."""
+
+    def head(
+        self, x: Tensor, norm: Norm | None, linear: Linear, *, scale: float = 1.0, soft_cap: float | None = None
+    ) -> Tensor:
+        """Logits, scaled and then capped: (rows, vocabulary) float32."""

@@ -39,6 +39,7 @@ class EngineConfig:
     max_running: int = option(64, "requests computed at the same time")
     max_step_tokens: int = option(512, "tokens computed in one step, over all requests; longer prompts are chunked")
     max_queued: int = option(1024, "requests that may wait; one more is answered 429")
+    max_queued_tokens: int = option(262144, "prompt tokens that unfinished requests may hold; more is answered 429")
     block_size: int = option(16, "positions in one block of the key-value cache")
     prefix_caching: bool = option(True, "share the cache blocks of equal prompt beginnings")
 

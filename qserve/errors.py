@@ -14,7 +14,8 @@ QserveError
 │   └── UnsafePickle            a .bin file that would run code
 ├── UsageError                  the operator's fault: an option, or a pair of them, that cannot be in force
 └── EngineError                 our fault
-    └── EngineDead              the engine thread has ended; nothing can be served any more
+    ├── EngineDead              the engine thread has ended; nothing can be served any more
+    └── NotReady                loading, or finishing what runs before the end: try again later
 
 A message says what was found, what was expected, and what to do next.
 """
@@ -86,3 +87,11 @@ class EngineError(QserveError):
 
 class EngineDead(EngineError):
     """The engine thread has ended; nothing can be served any more."""
+
+
+class NotReady(EngineError):
+    """Nothing new is taken now: the model is loading, or the server is draining; `retry_after` is in seconds."""
+
+    def __init__(self, message: str, *, retry_after: int = 5) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after

@@ -3,6 +3,7 @@
 Plain Python on token ids: knows no tensors, no text and no HTTP.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -42,15 +43,27 @@ class SamplingParams:
 
 
 class Request:
-    """One generation, as ids. The scheduler alone changes it; the device reads it."""
+    """One generation, as ids. The scheduler alone changes it; the device reads it.
+
+    The times are of `time.perf_counter`; 0.0 stands for what has not happened yet.
+    """
 
     __slots__ = (
+        "admitted_at",
+        "arrival",
         "block_ids",
+        "created_at",
+        "finished_at",
+        "first_token_at",
         "id",
+        "next_prompt_logprob",
+        "num_cached_tokens",
         "num_computed_tokens",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_published_blocks",
         "params",
+        "prefix_id",
         "priority",
         "token_ids",
     )
@@ -62,8 +75,17 @@ class Request:
         self.token_ids = list(prompt_ids)  # the prompt and all that was generated
         self.num_prompt_tokens = len(prompt_ids)
         self.num_computed_tokens = 0  # keys and values of this many leading tokens stand in the cache
+        self.num_cached_tokens = 0  # of the prompt, found in the cache when the request was first admitted
         self.num_preemptions = 0
+        self.next_prompt_logprob = 1  # the prompt position to report next; position 0 follows nothing
+        self.arrival = 0  # the scheduler numbers its requests, so that equal priorities keep their order
         self.block_ids: list[int] = []
+        self.num_published_blocks = 0  # see blocks.py, as for prefix_id
+        self.prefix_id = 0
+        self.created_at = time.perf_counter()
+        self.admitted_at = 0.0
+        self.first_token_at = 0.0
+        self.finished_at = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -137,6 +159,10 @@ class TokenEvent:
 
 
 class Runner(Protocol):
-    """What the engine needs of a device: one call a step, an answer for each chunk in the same order."""
+    """What the engine needs of a device: one call a step, an answer for each chunk in the same order.
+
+    A chunk may attend to blocks that an earlier chunk of the same step fills (requests that arrive together share
+    their prefix at once): in each layer store all keys and values before any chunk attends, or go chunk by chunk.
+    """
 
     def run(self, chunks: list[Chunk]) -> list[Sampled]: ...

@@ -1,0 +1,228 @@
+"""Which tokens of which requests are computed next.
+
+There are no phases: every request has a number of computed tokens that catches up with its tokens, and a step hands
+out a budget of tokens. A prompt in pieces, a decoded token, a found prefix and a request that must start again are all
+the same subtraction. Deterministic: the same calls in the same order give the same chunks.
+
+Knows no device and no threads; driven by `engine.py`.
+"""
+
+import time
+from bisect import insort
+from dataclasses import replace
+from itertools import count
+
+from qserve.config import EngineConfig
+from qserve.engine.blocks import BlockPool
+from qserve.engine.request import Chunk, FinishReason, Request, Sampled, TokenEvent
+from qserve.engine.stats import Stats
+from qserve.errors import ContextLengthExceeded, InvalidRequest, UsageError
+
+
+def _order(request: Request) -> tuple[int, int]:
+    """Who comes first: the smallest; who is preempted first: the largest."""
+    return request.priority, request.arrival
+
+
+def _max_stored_tokens(request: Request) -> int:
+    """The last token that is generated is never fed back, so it needs no place in the cache."""
+    return request.num_prompt_tokens + max(request.params.max_tokens - 1, 0)
+
+
+def _finish_reason(request: Request) -> FinishReason | None:
+    params, num_output_tokens = request.params, request.num_output_tokens
+    if num_output_tokens and num_output_tokens >= params.min_tokens and request.token_ids[-1] in params.stop_token_ids:
+        return FinishReason.STOP
+    return FinishReason.LENGTH if num_output_tokens >= params.max_tokens else None
+
+
+class Scheduler:
+    """The requests, those running and those waiting, and the cache blocks that they hold."""
+
+    def __init__(self, config: EngineConfig, num_blocks: int) -> None:
+        if config.max_step_tokens < config.max_running:
+            raise UsageError(
+                f"max_step_tokens is {config.max_step_tokens}, less than max_running, {config.max_running}: every "
+                "running request takes at least one token of a step; raise the one or lower the other"
+            )
+        self.config = config
+        self._blocks = BlockPool(num_blocks, config.block_size, prefix_caching=config.prefix_caching)
+        self._requests: dict[str, Request] = {}
+        self._running: list[Request] = []  # in order, as waiting
+        self._waiting: list[Request] = []
+        self._arrivals = count()
+        self._totals = Stats(num_blocks=num_blocks)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def stats(self) -> Stats:
+        """A copy, of this moment; may be read from any thread."""
+        return replace(
+            self._totals,
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_held_blocks=self._blocks.num_held,
+        )
+
+    def check_fits(self, request: Request) -> None:
+        """Raise if the request could never run, even alone; may be called from any thread."""
+        if request.num_prompt_tokens == 0:
+            raise InvalidRequest("the prompt has no tokens: give at least one", param="prompt")
+        num_slots = self._blocks.num_blocks * self._blocks.block_size
+        if _max_stored_tokens(request) > num_slots:
+            raise ContextLengthExceeded(
+                f"the prompt has {request.num_prompt_tokens} tokens and max_tokens is {request.params.max_tokens}, but "
+                f"the key-value cache holds {num_slots} tokens: ask for less, or serve with a larger kv_cache_mb"
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request; raises what `check_fits` raises."""
+        assert request.id not in self._requests, f"two live requests are named {request.id}"
+        self.check_fits(request)
+        request.arrival = next(self._arrivals)
+        self._requests[request.id] = request
+        insort(self._waiting, request, key=_order)
+
+    def abort(self, request_id: str) -> TokenEvent | None:
+        """End a request now, between two steps; None when it has ended already."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        (self._running if request in self._running else self._waiting).remove(request)
+        self._totals.num_aborted += 1
+        self._end(request)
+        return TokenEvent(request_id=request_id, finish_reason=FinishReason.ABORT)
+
+    def abort_all(self) -> list[TokenEvent]:
+        events = [self.abort(request_id) for request_id in list(self._requests)]
+        return [event for event in events if event is not None]
+
+    def schedule(self) -> list[Chunk]:
+        """The chunks of the next step: who runs already goes on, then who waits is admitted."""
+        chunks: list[Chunk] = []
+        budget = self.config.max_step_tokens
+        while len(chunks) < len(self._running):
+            request = self._running[len(chunks)]
+            if not self._extend(request):
+                break
+            # Everyone behind keeps a token of the budget: a long prompt never starves those who decode.
+            num_behind = len(self._running) - len(chunks) - 1
+            chunks.append(self._cut_chunk(request, max_tokens=budget - num_behind))
+            budget -= chunks[-1].num_tokens
+        while budget and (admitted := self._admit_next()):
+            chunks.append(self._cut_chunk(admitted, max_tokens=budget))
+            budget -= chunks[-1].num_tokens
+        return chunks
+
+    def update(self, chunks: list[Chunk], sampled: list[Sampled]) -> list[TokenEvent]:
+        """Take in what the device answered: one event for every chunk that has news."""
+        self._totals.num_steps += 1
+        now = time.perf_counter()
+        events = []
+        for chunk, answer in zip(chunks, sampled, strict=True):
+            event = self._advance(chunk, answer, now=now)
+            if event is not None:
+                events.append(event)
+        if any(event.finish_reason for event in events):
+            self._running = [request for request in self._running if request.id in self._requests]
+        return events
+
+    def _extend(self, request: Request) -> bool:
+        """Blocks for a running request's newest tokens; False if it had to make room itself."""
+        while not self._blocks.extend(request):
+            last = self._running.pop()
+            self._preempt(last)
+            if last is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Send a request back to its place in the queue; its tokens stay, and are computed again."""
+        self._blocks.release(request)
+        request.num_preemptions += 1
+        self._totals.num_preemptions += 1
+        insort(self._waiting, request, key=_order)
+
+    def _admit_next(self) -> Request | None:
+        """The first who waits, if there is room. Nobody overtakes it, or a long prompt might wait for ever."""
+        if not self._waiting or len(self._running) >= self.config.max_running:
+            return None
+        request = self._waiting[0]
+        # A block to spare for each who runs, or the newcomer would soon be preempted by their growth.
+        if not self._blocks.admit(request, num_spare=len(self._running)):
+            return None
+        del self._waiting[0]
+        insort(self._running, request, key=_order)
+        if not request.num_preemptions:
+            self._note_admission(request)
+        return request
+
+    def _note_admission(self, request: Request) -> None:
+        request.admitted_at = time.perf_counter()
+        request.num_cached_tokens = request.num_computed_tokens
+        self._totals.num_prompt_tokens += request.num_prompt_tokens
+        self._totals.num_cached_tokens += request.num_cached_tokens
+
+    def _cut_chunk(self, request: Request, *, max_tokens: int) -> Chunk:
+        start = request.num_computed_tokens
+        end = min(request.num_tokens, start + max_tokens)
+        self._blocks.publish(request, end=end)
+        self._totals.num_computed_tokens += end - start
+        return Chunk(request=request, start=start, end=end, block_ids=tuple(request.block_ids))
+
+    def _advance(self, chunk: Chunk, answer: Sampled, *, now: float) -> TokenEvent | None:
+        request, is_last = chunk.request, chunk.is_last
+        request.num_computed_tokens = chunk.end
+        prompt_logprobs = answer.prompt_logprobs
+        if prompt_logprobs:
+            # After a preemption the device reports positions again that the client already has.
+            prompt_logprobs = prompt_logprobs[request.next_prompt_logprob - chunk.start - 1 :]
+            request.next_prompt_logprob += len(prompt_logprobs)
+        if not is_last:
+            return TokenEvent(request_id=request.id, prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
+
+        token_id = answer.token_id if request.params.max_tokens else None
+        if token_id is not None:
+            self._append(request, token_id, now=now)
+        finish_reason = _finish_reason(request)
+        if finish_reason is not None:
+            request.finished_at = now
+            self._totals.num_finished += 1
+            self._end(request)
+        return TokenEvent(
+            request_id=request.id,
+            token_id=token_id,
+            logprobs=answer.logprobs if token_id is not None else (),
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=finish_reason,
+            num_cached_tokens=request.num_cached_tokens,
+        )
+
+    def _append(self, request: Request, token_id: int, *, now: float) -> None:
+        if request.num_output_tokens == 0:
+            request.first_token_at = now
+        request.token_ids.append(token_id)
+        self._totals.num_generated_tokens += 1
+
+    def _end(self, request: Request) -> None:
+        del self._requests[request.id]
+        self._blocks.release(request)
+
+    def check(self) -> None:
+        """Assert every invariant, between two steps."""
+        running, waiting = self._running, self._waiting
+        assert sorted(running, key=_order) == running
+        assert sorted(waiting, key=_order) == waiting
+        assert len(running) <= self.config.max_running
+        assert sorted(request.id for request in running + waiting) == sorted(self._requests)
+        for request in waiting:
+            assert not request.block_ids
+            assert request.num_computed_tokens == 0
+        for request in running:
+            num_slots = len(request.block_ids) * self.config.block_size
+            assert request.num_computed_tokens < request.num_tokens, "a running request has nothing to compute"
+            assert request.num_computed_tokens <= num_slots < request.num_tokens + self.config.block_size
+        self._blocks.check(running)

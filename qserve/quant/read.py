@@ -35,13 +35,19 @@ def read_weight(name: str, class_name: str, parts: Parts, attributes: Attributes
 
 def read_tensor(name: str, tensor: Tensor) -> Tensor | QuantizedWeight:
     """A tensor as a pickle gave it back: an ordinary one as it is, one of torchao's through its reader."""
+    class_name, parts, attributes = take_apart(tensor)
+    return read_weight(name, class_name, parts, attributes) if class_name not in PLAIN_CLASSES else tensor
+
+
+def take_apart(tensor: Tensor) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """Class name, inner tensors and attributes of one of torchao's; an ordinary tensor gives ("Tensor", {}, {})."""
     class_name = type(tensor).__name__
     if class_name in PLAIN_CLASSES and not hasattr(tensor, "tensor_data_names"):
-        return tensor
+        return PLAIN_CLASSES[0], {}, {}
     part_names = _names(tensor, "tensor_data_names")
     parts = {part: getattr(tensor, part) for part in part_names if getattr(tensor, part, None) is not None}
     attributes = {key: _plain(getattr(tensor, key)) for key in _names(tensor, "tensor_attribute_names")}
-    return read_weight(name, class_name, parts, attributes)
+    return class_name, parts, attributes
 
 
 def attributes_from_json(entry: str) -> tuple[str, dict[str, Any], tuple[str, ...]]:

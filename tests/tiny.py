@@ -28,6 +28,28 @@ _SHAPE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 
+# What makes each architecture show its own habits in a small model and a short text.
+_HABITS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 24},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
+    "qwen3": {"head_dim": 24},
+    "gemma2": {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 24, "attn_logit_softcapping": 5.0},
+    "gemma3_text": {
+        "head_dim": 24,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.75}},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 1.5,
+    },
+}
+
 
 def prose() -> str:
     """English text that every Python installation has."""
@@ -66,7 +88,7 @@ def make_model(model_type: str = "llama", *, seed: int = 0, **changes: Any) -> A
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **{**_SHAPE, **changes})
+    config = AutoConfig.for_model(model_type, **{**_SHAPE, **_HABITS.get(model_type, {}), **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,0 +1,126 @@
+"""The device's side of a step: chunks in, sampled tokens out.
+
+Knows no policy: which chunks run together, and in which blocks, was decided before. `Model` is what it needs of one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qserve.device.batch import make_batch
+from qserve.device.kv_cache import CacheShape, KVCache, block_bytes
+from qserve.device.sampler import Sampler, logprobs_of
+from qserve.engine.request import Chunk, Request, Sampled, SamplingParams, TokenLogprob
+from qserve.kernels.ops import Batch
+
+_MAX_LOGIT_ELEMENTS = 1 << 24  # of prompt positions times vocabulary at once: 64 MiB
+
+
+class Model(Protocol):
+    """A causal language model over a paged cache: the decoder, or the fallback."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def cache_shapes(self) -> tuple[CacheShape, ...]: ...
+    @property
+    def num_bytes(self) -> int: ...
+    def forward(self, batch: Batch, cache: KVCache) -> Tensor: ...  # (tokens, hidden)
+    def logits(self, hidden: Tensor) -> Tensor: ...  # (rows, vocabulary) float32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryFacts:
+    """Bytes on the device, for reports."""
+
+    weights: int
+    cache: int
+    block: int
+
+
+class ModelRunner:
+    """Runs steps. Called by one thread."""
+
+    def __init__(self, model: Model, cache: KVCache, *, device: torch.device, sampler: Sampler | None = None) -> None:
+        self._model = model
+        self._cache = cache
+        self._device = device
+        self._sampler = sampler or Sampler()
+
+    @property
+    def memory(self) -> MemoryFacts:
+        dtype = self._cache.layers[0].keys.dtype
+        return MemoryFacts(
+            weights=self._model.num_bytes,
+            cache=self._cache.num_bytes,
+            block=block_bytes(self._model.cache_shapes, block_size=self._cache.block_size, dtype=dtype),
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        return self._cache.num_blocks
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.vocab_size
+
+    @torch.inference_mode()
+    def run(self, chunks: list[Chunk]) -> list[Sampled]:
+        """Compute the chunks, and a token for each that reaches its request's end; answers in the same order."""
+        batch = make_batch(chunks, block_size=self._cache.block_size, device=self._device)
+        hidden = self._model.forward(batch, self._cache)
+        tokens = iter(self._sample(hidden, batch, [chunk.request for chunk in chunks if chunk.is_last]))
+        answers = []
+        row = 0
+        for chunk in chunks:
+            token_id, logprobs = next(tokens) if chunk.is_last else (None, ())
+            prompt = self._prompt_logprobs(chunk, hidden[row : row + chunk.num_tokens])
+            answers.append(Sampled(token_id=token_id, logprobs=logprobs, prompt_logprobs=prompt))
+            row += chunk.num_tokens
+        return answers
+
+    def warm_up(self, *, max_tokens: int) -> None:
+        """One long chunk and one short one, so that the first request finds scratch memory and threads in place.
+
+        Writes to the first blocks of the cache; call it before anything is served.
+        """
+        longest = min(max_tokens, self._cache.num_blocks * self._cache.block_size)
+        for num_tokens in (longest, 1):
+            request = Request("warm-up", [0] * num_tokens, SamplingParams(max_tokens=1, temperature=0.0))
+            blocks = tuple(range(-(-num_tokens // self._cache.block_size)))
+            self.run([Chunk(request=request, start=0, end=num_tokens, block_ids=blocks)])
+
+    def _sample(
+        self, hidden: Tensor, batch: Batch, requests: Sequence[Request]
+    ) -> list[tuple[int, tuple[TokenLogprob, ...]]]:
+        if not requests:
+            return []
+        logits = self._model.logits(hidden[batch.sample_rows])
+        tokens = self._sampler.sample(logits, requests)
+        wanted = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
+        logprobs: list[tuple[TokenLogprob, ...]] = [()] * len(requests)
+        if wanted:
+            counts = [requests[row].params.logprobs or 0 for row in wanted]
+            chosen = torch.tensor([tokens[row] for row in wanted], device=logits.device)
+            found = logprobs_of(logits[wanted], chosen, num_top=max(counts))
+            for row, count, each in zip(wanted, counts, found, strict=True):
+                logprobs[row] = each[: count + 1]
+        return list(zip(tokens, logprobs, strict=True))
+
+    def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> tuple[tuple[TokenLogprob, ...], ...]:
+        """Row i predicts position start + i + 1; computed in pieces, for positions x vocabulary is too much at once."""
+        request = chunk.request
+        num_top = request.params.prompt_logprobs
+        num_rows = min(chunk.end + 1, request.num_prompt_tokens) - (chunk.start + 1)
+        if num_top is None or num_rows <= 0:
+            return ()
+        targets = torch.tensor(request.token_ids[chunk.start + 1 : chunk.start + 1 + num_rows], device=hidden.device)
+        size = max(1, _MAX_LOGIT_ELEMENTS // self._model.vocab_size)
+        found: list[tuple[TokenLogprob, ...]] = []
+        for start in range(0, num_rows, size):
+            end = min(start + size, num_rows)
+            found += logprobs_of(self._model.logits(hidden[start:end]), targets[start:end], num_top=num_top)
+        return tuple(found)

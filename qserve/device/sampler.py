@@ -1,0 +1,205 @@
+"""From logits to the next token of each row, and the log-probabilities that were asked for.
+
+The order: repetition penalty on the raw logits, then presence and frequency, bias, bans; temperature; top-k, top-p (of
+what top-k left) and min-p. Log-probabilities are those of the raw distribution. The draw is one number in [0, 1) for
+each row, made from the request's seed and the position alone, and put through the row's own cumulative distribution,
+so a row's token does not depend on the rows beside it.
+"""
+
+import hashlib
+import math
+import secrets
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from qserve.engine.request import Request, SamplingParams, TokenLogprob
+
+_NUM_CANDIDATES = 256  # tried before the whole vocabulary is sorted for top-p
+
+
+class Sampler:
+    """Chooses tokens. A request without a seed draws from the randomness of this object, and of no other."""
+
+    def __init__(self, *, seed: int | None = None) -> None:
+        self._seed = secrets.randbits(64) if seed is None else seed
+
+    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[int]:
+        """The next token of each request, from one row of logits each: (requests, vocabulary)."""
+        params = [request.params for request in requests]
+        if any(_changes_logits(request) for request in requests):
+            logits = adjust(logits, requests)
+        greedy = logits.argmax(dim=-1).tolist()
+        drawn = [row for row, each in enumerate(params) if each.temperature > 0]
+        if not drawn:
+            return [int(token) for token in greedy]
+        uniforms = [self._uniform(requests[row]) for row in drawn]
+        tokens = draw(logits[drawn], [params[row] for row in drawn], uniforms)
+        for row, token in zip(drawn, tokens, strict=True):
+            greedy[row] = token
+        return [int(token) for token in greedy]
+
+    def _uniform(self, request: Request) -> float:
+        seed = request.params.seed
+        source = f"{self._seed}/{request.id}" if seed is None else f"{seed}"
+        return uniform(source, request.num_tokens)
+
+
+def uniform(source: str, position: int) -> float:
+    """A number in [0, 1) of 53 bits that depends on these two and nothing else."""
+    digest = hashlib.blake2b(f"{source}@{position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest) >> 11) * 2.0**-53
+
+
+def adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    """Penalties, bias and bans; a copy is changed, (requests, vocabulary)."""
+    logits = logits.clone()
+    _penalize_repetition(logits, requests)
+    _penalize_presence(logits, requests)
+    _add_biases(logits, requests)
+    return logits
+
+
+def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> list[int]:
+    """One token a row, all of them with a temperature above zero. Rows without top-k and top-p need no sorting."""
+    device = logits.device
+    temperatures = torch.tensor([each.temperature for each in params], device=device).unsqueeze(1)
+    # The largest becomes zero first, so that a tiny temperature makes the others -inf and nothing NaN.
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures
+    thresholds = torch.tensor([each.min_p for each in params], device=device).clamp(min=1e-30).log().unsqueeze(1)
+    scaled = scaled.masked_fill(scaled < thresholds, float("-inf")) if any(each.min_p for each in params) else scaled
+    choices = torch.tensor(uniforms, dtype=torch.float64, device=device)
+    tokens = [0] * len(params)
+    vocabulary = logits.shape[-1]
+    sorted_rows = [row for row, each in enumerate(params) if each.top_p < 1 or 0 < each.top_k < vocabulary]
+    plain_rows = [row for row in range(len(params)) if row not in set(sorted_rows)]
+    if plain_rows:
+        picked = _invert(torch.softmax(scaled[plain_rows], dim=-1), choices[plain_rows])
+        for row, token in zip(plain_rows, picked.tolist(), strict=True):
+            tokens[row] = token
+    if sorted_rows:
+        picked = _draw_sorted(scaled[sorted_rows], [params[row] for row in sorted_rows], choices[sorted_rows])
+        for row, token in zip(sorted_rows, picked.tolist(), strict=True):
+            tokens[row] = token
+    return tokens
+
+
+def logprobs_of(logits: Tensor, token_ids: Tensor, *, num_top: int) -> list[tuple[TokenLogprob, ...]]:
+    """For each row of logits the token that is given, then the `num_top` most likely."""
+    normalizers = torch.logsumexp(logits, dim=-1, keepdim=True)
+    chosen = logits.gather(1, token_ids.unsqueeze(1))  # (rows, 1)
+    ranks = (logits > chosen).sum(dim=-1) + 1
+    top_values, top_ids = logits.topk(min(num_top, logits.shape[-1]), dim=-1)
+    columns = (token_ids, (chosen - normalizers).squeeze(1), ranks, top_ids, top_values - normalizers)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [
+        (
+            TokenLogprob(token_id, logprob, rank),
+            *(TokenLogprob(top, value, place + 1) for place, (top, value) in enumerate(zip(tops, values, strict=True))),
+        )
+        for token_id, logprob, rank, tops, values in rows
+    ]
+
+
+def _changes_logits(request: Request) -> bool:
+    params = request.params
+    return bool(
+        params.presence_penalty
+        or params.frequency_penalty
+        or params.repetition_penalty != 1.0
+        or params.logit_bias
+        or _banned(request)
+    )
+
+
+def _banned(request: Request) -> frozenset[int]:
+    """What would end the request is banned until it has as many tokens as it must have."""
+    params = request.params
+    return params.stop_token_ids if request.num_output_tokens < params.min_tokens else frozenset()
+
+
+def _counts(logits: Tensor, token_lists: Sequence[Sequence[int]]) -> Tensor:
+    """How often each token occurs in each list: (lists, vocabulary)."""
+    lengths = torch.tensor([len(tokens) for tokens in token_lists])
+    rows = torch.repeat_interleave(torch.arange(len(token_lists)), lengths).to(logits.device)
+    columns = torch.tensor(list(chain.from_iterable(token_lists)), dtype=torch.int64, device=logits.device)
+    counts = torch.zeros(len(token_lists), logits.shape[-1], device=logits.device)
+    return counts.index_put_((rows, columns), torch.ones((), device=logits.device), accumulate=True)
+
+
+def _penalize_repetition(logits: Tensor, requests: Sequence[Request]) -> None:
+    rows = [row for row, request in enumerate(requests) if request.params.repetition_penalty != 1.0]
+    if not rows:
+        return
+    penalties = torch.tensor([requests[row].params.repetition_penalty for row in rows], device=logits.device)
+    penalties = penalties.unsqueeze(1)
+    old = logits[rows]
+    is_seen = _counts(logits, [requests[row].token_ids for row in rows]) > 0
+    logits[rows] = torch.where(is_seen, torch.where(old > 0, old / penalties, old * penalties), old)
+
+
+def _penalize_presence(logits: Tensor, requests: Sequence[Request]) -> None:
+    rows = [
+        row
+        for row, request in enumerate(requests)
+        if request.params.presence_penalty or request.params.frequency_penalty
+    ]
+    if not rows:
+        return
+    params = [requests[row].params for row in rows]
+    presence = torch.tensor([each.presence_penalty for each in params], device=logits.device).unsqueeze(1)
+    frequency = torch.tensor([each.frequency_penalty for each in params], device=logits.device).unsqueeze(1)
+    counts = _counts(logits, [requests[row].token_ids[requests[row].num_prompt_tokens :] for row in rows])
+    logits[rows] -= counts * frequency + (counts > 0) * presence
+
+
+def _add_biases(logits: Tensor, requests: Sequence[Request]) -> None:
+    entries = [
+        (row, token, bias)
+        for row, request in enumerate(requests)
+        for token, bias in chain(
+            request.params.logit_bias.items(), ((token, -math.inf) for token in sorted(_banned(request)))
+        )
+        if token < logits.shape[-1]
+    ]
+    if entries:
+        rows, tokens, biases = (list(column) for column in zip(*entries, strict=True))
+        values = torch.tensor(biases, dtype=logits.dtype, device=logits.device)
+        logits.index_put_((_indices(rows, logits), _indices(tokens, logits)), values, accumulate=True)
+
+
+def _indices(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=like.device)
+
+
+def _invert(probabilities: Tensor, choices: Tensor) -> Tensor:
+    """The first column at which the cumulative probability exceeds the choice: (rows,). float64, for the long tail."""
+    cumulative = probabilities.to(torch.float64).cumsum(dim=-1)
+    targets = choices.unsqueeze(1) * cumulative[:, -1:]
+    picked = torch.searchsorted(cumulative, targets, right=True).squeeze(1)
+    # Rounding may put a target on the very end of the sum; the last token that can be drawn at all is meant then.
+    last = (cumulative < cumulative[:, -1:]).sum(dim=-1)
+    return torch.minimum(picked, last)
+
+
+def _draw_sorted(scaled: Tensor, params: Sequence[SamplingParams], choices: Tensor) -> Tensor:
+    vocabulary = scaled.shape[-1]
+    limits = [each.top_k if 0 < each.top_k < vocabulary else vocabulary for each in params]
+    top_k = torch.tensor(limits, device=scaled.device).unsqueeze(1)
+    top_p = torch.tensor([each.top_p for each in params], dtype=torch.float64, device=scaled.device).unsqueeze(1)
+    num_candidates = min(vocabulary, max([_NUM_CANDIDATES, *(limit for limit in limits if limit < vocabulary)]))
+    values, tokens = scaled.topk(num_candidates, dim=-1)  # best first
+    probabilities = torch.softmax(scaled, dim=-1).gather(1, tokens).to(torch.float64)
+    needs_all = (probabilities.sum(dim=-1, keepdim=True) < top_p) & (top_k > num_candidates)
+    if num_candidates < vocabulary and bool(needs_all.any()):
+        values, tokens = scaled.sort(dim=-1, descending=True, stable=True)
+        probabilities = torch.softmax(scaled, dim=-1).gather(1, tokens).to(torch.float64)
+    places = torch.arange(values.shape[-1], device=scaled.device)
+    probabilities = probabilities * (places < top_k)
+    # Where top-k cut, top-p is a share of what it left; elsewhere of everything, even if not all of it was sorted.
+    total = torch.where(top_k < vocabulary, probabilities.sum(dim=-1, keepdim=True), 1.0)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    probabilities = probabilities * ((before < top_p * total) | (places == 0))
+    return tokens.gather(1, _invert(probabilities, choices).unsqueeze(1)).squeeze(1)

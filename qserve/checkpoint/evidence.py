@@ -44,7 +44,7 @@ def weigh(
     """`quantization` is the quantization_config of `told_in`, or None where it has none."""
     classes = sorted({info.class_name for info in tensors.values() if info.is_quantized})
     if quantization is None:
-        return _without_config(classes, told_in=told_in, format=format)
+        return _without_config(classes, format=format)
     try:
         recipe = recipe_from_config(dict(quantization))
     except UnsupportedWeight as error:
@@ -52,11 +52,10 @@ def weigh(
     return _with_config(recipe, quantization, tensors, told_in=told_in, format=format)
 
 
-def _without_config(classes: list[str], *, told_in: Path, format: str) -> Verdict:
+def _without_config(classes: list[str], *, format: str) -> Verdict:
     if not classes:
         return Verdict(recipe=None, tier=Tier.NONE, evidence="nothing is quantized", warnings=())
-    warning = f"{told_in} has no quantization_config, yet the tensors are {', '.join(classes)}: the tensors won"
-    return Verdict(recipe=None, tier=_TIERS[format], evidence=_seen(classes, format), warnings=(warning,))
+    return Verdict(recipe=None, tier=_TIERS[format], evidence=_seen(classes, format), warnings=())
 
 
 def _with_unknown_config(error: UnsupportedWeight, classes: list[str], *, told_in: Path, format: str) -> Verdict:

@@ -1,11 +1,22 @@
 """Loading: the named weights of a checkpoint, read when they are asked for, and whole models of transformers."""
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from qserve.checkpoint import read_bin, read_safetensors
-from qserve.checkpoint.contents import Checkpoint
-from qserve.errors import BrokenCheckpoint
-from qserve.quant.weight import Weight
+from qserve.checkpoint.contents import Checkpoint, TensorInfo
+from qserve.checkpoint.shards import listing
+from qserve.errors import BrokenCheckpoint, UnsupportedArchitecture
+from qserve.quant.weight import QuantizedWeight, Weight
+
+log = logging.getLogger(__name__)
+
+# Makes the module that takes the place of a linear whose weight is quantized, of the weight and the bias.
+MakeLinear = Callable[[QuantizedWeight, Tensor | None], nn.Module]
 
 READERS = {"safetensors": read_safetensors.reader, "bin": read_bin.reader}
 
@@ -33,12 +44,101 @@ class Weights(Mapping[str, Weight]):
     def __len__(self) -> int:
         return len(self._checkpoint.tensors)
 
-    def require(self, name: str) -> Weight:
-        """The weight, or BrokenCheckpoint where the files lack what the architecture needs."""
-        if name not in self:
-            raise BrokenCheckpoint(f"{self._checkpoint.path} lacks the tensor {name}, which its architecture needs")
-        return self[name]
-
 
 def open_weights(checkpoint: Checkpoint) -> Weights:
     return Weights(checkpoint)
+
+
+def load_model(
+    checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, make_linear: MakeLinear | None = None
+) -> nn.Module:
+    """A causal LM of transformers' own class, in evaluation mode, with every parameter and buffer in place.
+
+    Quantized weights are dequantized, unless `make_linear` is given: then each quantized linear is replaced by what it
+    makes, and its float values never exist. `dtype` is of the float tensors; by default as they are stored. Plain
+    tensors of that dtype stay views of the mapped files.
+    """
+    model_class, config = _model_class(checkpoint)
+    weights = open_weights(checkpoint)
+    linears = _linear_names(model_class, config) if make_linear else frozenset()
+    replaced = {name for name, info in checkpoint.tensors.items() if info.is_quantized and name in linears}
+    state = {
+        name: _stand_in(info, dtype) if name in replaced else _float(weights[name], dtype)
+        for name, info in checkpoint.tensors.items()
+    }
+    model, loading = model_class.from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype or "auto",
+        ignore_mismatched_sizes=True,  # they are told below, with our words
+        output_loading_info=True,
+    )
+    _require_complete(checkpoint, loading)
+    for name in sorted(replaced):
+        assert make_linear is not None
+        _replace(model, name, weight=weights[name], make_linear=make_linear)
+    _require_nothing_on_meta(model)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _model_class(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """Transformers' class for this model, and its config."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING  # takes seconds
+
+    model_type = checkpoint.config["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        raise UnsupportedArchitecture(f"{checkpoint.path}: transformers knows no model of type {model_type!r}")
+    # Without the quantization, or transformers would read the files its own way.
+    told = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    config = CONFIG_MAPPING[model_type].from_dict(told)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedArchitecture(f"{checkpoint.path}: {model_type!r} is no causal language model in transformers")
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return model_class, config
+
+
+def _linear_names(model_class: Any, config: Any) -> frozenset[str]:
+    with torch.device("meta"):
+        skeleton = model_class(config)
+    return frozenset(f"{name}.weight" for name, module in skeleton.named_modules() if isinstance(module, nn.Linear))
+
+
+def _stand_in(info: TensorInfo, dtype: torch.dtype | None) -> Tensor:
+    """A tensor of the right shape that takes no memory."""
+    return torch.zeros((), dtype=dtype or info.dtype).expand(info.shape)
+
+
+def _float(weight: Weight, dtype: torch.dtype | None) -> Tensor:
+    values = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+    return values.to(dtype) if dtype and values.is_floating_point() else values
+
+
+def _require_complete(checkpoint: Checkpoint, loading: Mapping[str, Any]) -> None:
+    if loading["missing_keys"]:
+        raise BrokenCheckpoint(
+            f"{checkpoint.path} lacks tensors that its architecture needs: {listing(sorted(loading['missing_keys']))}. "
+            f"Copy or download it again"
+        )
+    if loading["mismatched_keys"]:
+        found = [f"{name} is {list(ours)}, not {list(theirs)}" for name, ours, theirs in loading["mismatched_keys"]]
+        raise BrokenCheckpoint(
+            f"{checkpoint.path}: shapes are not those of its config.json: {listing(sorted(found))}. "
+            f"Take config and weights from one place"
+        )
+    if loading["unexpected_keys"]:
+        log.warning("%s: not used by the model: %s", checkpoint.path, listing(sorted(loading["unexpected_keys"])))
+
+
+def _replace(model: nn.Module, name: str, *, weight: Weight, make_linear: MakeLinear) -> None:
+    assert isinstance(weight, QuantizedWeight), name
+    module_name = name.removesuffix(".weight")
+    parent_name, _, child = module_name.rpartition(".")
+    bias = model.get_submodule(module_name).bias
+    setattr(model.get_submodule(parent_name), child, make_linear(weight, bias if isinstance(bias, Tensor) else None))
+
+
+def _require_nothing_on_meta(model: nn.Module) -> None:
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    left = [name for name, tensor in tensors if tensor.is_meta]
+    assert not left, f"never filled: {listing(left)}"

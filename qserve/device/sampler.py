@@ -65,24 +65,19 @@ def adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
 def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> list[int]:
     """One token a row, all of them with a temperature above zero. Rows without top-k and top-p need no sorting."""
     device = logits.device
-    temperatures = torch.tensor([each.temperature for each in params], device=device).unsqueeze(1)
+    temperatures = torch.tensor([each.temperature for each in params], device=device).clamp(min=1e-30).unsqueeze(1)
     # The largest becomes zero first, so that a tiny temperature makes the others -inf and nothing NaN.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures
-    thresholds = torch.tensor([each.min_p for each in params], device=device).clamp(min=1e-30).log().unsqueeze(1)
-    scaled = scaled.masked_fill(scaled < thresholds, float("-inf")) if any(each.min_p for each in params) else scaled
     choices = torch.tensor(uniforms, dtype=torch.float64, device=device)
-    tokens = [0] * len(params)
     vocabulary = logits.shape[-1]
-    sorted_rows = [row for row, each in enumerate(params) if each.top_p < 1 or 0 < each.top_k < vocabulary]
-    plain_rows = [row for row in range(len(params)) if row not in set(sorted_rows)]
-    if plain_rows:
-        picked = _invert(torch.softmax(scaled[plain_rows], dim=-1), choices[plain_rows])
-        for row, token in zip(plain_rows, picked.tolist(), strict=True):
-            tokens[row] = token
-    if sorted_rows:
-        picked = _draw_sorted(scaled[sorted_rows], [params[row] for row in sorted_rows], choices[sorted_rows])
-        for row, token in zip(sorted_rows, picked.tolist(), strict=True):
-            tokens[row] = token
+    is_sorted = [each.top_p < 1 or 0 < each.top_k < vocabulary for each in params]
+    tokens = [0] * len(params)
+    for is_wanted, pick in ((False, _draw_plain), (True, _draw_sorted)):
+        rows = [row for row, each in enumerate(is_sorted) if each is is_wanted]
+        if rows:
+            picked = pick(scaled[rows], [params[row] for row in rows], choices[rows])
+            for row, token in zip(rows, picked.tolist(), strict=True):
+                tokens[row] = token
     return tokens
 
 
@@ -184,6 +179,19 @@ def _invert(probabilities: Tensor, choices: Tensor) -> Tensor:
     return torch.minimum(picked, last)
 
 
+def _passes_min_p(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Which tokens are at least min_p as likely as the likeliest, whose scaled logit is zero."""
+    limits = torch.tensor([each.min_p for each in params], device=scaled.device).log().unsqueeze(1)  # log(0) = -inf
+    return scaled >= limits
+
+
+def _draw_plain(scaled: Tensor, params: Sequence[SamplingParams], choices: Tensor) -> Tensor:
+    probabilities = torch.softmax(scaled, dim=-1)
+    if any(each.min_p for each in params):
+        probabilities = probabilities * _passes_min_p(scaled, params)
+    return _invert(probabilities, choices)
+
+
 def _draw_sorted(scaled: Tensor, params: Sequence[SamplingParams], choices: Tensor) -> Tensor:
     vocabulary = scaled.shape[-1]
     limits = [each.top_k if 0 < each.top_k < vocabulary else vocabulary for each in params]
@@ -202,4 +210,5 @@ def _draw_sorted(scaled: Tensor, params: Sequence[SamplingParams], choices: Tens
     total = torch.where(top_k < vocabulary, probabilities.sum(dim=-1, keepdim=True), 1.0)
     before = probabilities.cumsum(dim=-1) - probabilities
     probabilities = probabilities * ((before < top_p * total) | (places == 0))
+    probabilities = probabilities * _passes_min_p(values, params)
     return tokens.gather(1, _invert(probabilities, choices).unsqueeze(1)).squeeze(1)

@@ -42,6 +42,7 @@ class Recipe:
     head_name: str = "lm_head"
     layers: Mapping[str, Json | None] = field(default_factory=dict)
     refusals: Mapping[str, str] = field(default_factory=dict)  # prepare, make or run -> why it cannot be done
+    torchao_needs: str = ""  # to run it itself; qserve makes and runs every recipe on any machine
     notes: str = ""
 
     @property

@@ -29,12 +29,14 @@ _TABLE = (
     Recipe(
         name="int4-weight-only",
         config=configs.int4_weight_only(group_size=128),
-        notes="two weights a byte, with a minimum for each group; torchao itself runs it on CUDA with mslk",
+        torchao_needs="CUDA 9.0 and mslk",
+        notes="two weights a byte, with a minimum for each group",
     ),
     Recipe(
         name="float8-dynamic-act-float8-weight",
         config=configs.float8_dynamic_activation_float8_weight(),
-        notes="e4m3 by row and by token; torchao itself runs it on CUDA 8.9, MI300 or XPU",
+        torchao_needs="CUDA 8.9, MI300 or XPU",
+        notes="e4m3 by row and by token",
     ),
     Recipe(
         name="float8-dynamic-act-int4-weight",
@@ -43,7 +45,8 @@ _TABLE = (
             "prepare": "torchao's fake quantizer imitates a kernel that first rounds the weights to float8, which "
             "conversion does not; train with int8-dynamic-act-int4-weight"
         },
-        notes="symmetric int4 in groups of 128, always; torchao itself runs it on CUDA 9.0 with mslk",
+        torchao_needs="CUDA 9.0 and mslk",
+        notes="symmetric int4, in groups of 128 always; activations in e4m3 by token",
     ),
     Recipe(
         name="int8-weight-only",

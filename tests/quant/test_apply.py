@@ -261,6 +261,17 @@ def save(model: Any, report: Report, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_transformers_loads_every_recipe_with_equal_weights(name: str, tmp_path: Path) -> None:
+    model = small_model(tie_word_embeddings=True)
+    report = quantize(model, find_recipe(name))
+    save(model, report, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for layer in report.layers:
+        assert torch.equal(weight_of(loaded, layer.name).dequantize(), weight_of(model, layer.name).dequantize())
+        assert weight_of(loaded, layer.name).activation is weight_of(model, layer.name).activation
+
+
 @pytest.mark.parametrize("name", [DEFAULT_RECIPE, "int8-weight-only", "mixed"])
 @pytest.mark.parametrize("head", HeadPolicy)
 def test_transformers_loads_it_with_equal_logits(name: str, head: HeadPolicy, tmp_path: Path) -> None:

@@ -60,14 +60,20 @@ def load_shard(file: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(allowed):
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        raise _unsafe(file, _names_in(error)) from error
+        named = _NAMED_GLOBAL.search(str(error))
+        if named or is_zip:
+            raise _unsafe(file, [named.group(1) if named else "what weights_only=True refuses"]) from error
+        raise _broken(file, "no pickle of tensors") from error
     except (RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise BrokenCheckpoint(
-            f"{file} ({file.stat().st_size} bytes) is cut short or is no torch.save file ({reason}); "
-            f"copy or download it again"
-        ) from error
+        raise _broken(file, str(error).partition("\n")[0] or type(error).__name__) from error
     return _require_tensors(file, state)
+
+
+def _broken(file: Path, reason: str) -> BrokenCheckpoint:
+    return BrokenCheckpoint(
+        f"{file} ({file.stat().st_size} bytes) is cut short or was not written by torch.save ({reason}); "
+        f"copy or download it again"
+    )
 
 
 def _allowed_globals(file: Path) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
@@ -102,11 +108,6 @@ def _unsafe(file: Path, names: list[str]) -> UnsafePickle:
         f"{file} is a pickle that asks for {listing(names)} and could run any code; nothing of it was executed. "
         f"Expected tensors only. Get the model as safetensors, or have whom you trust save its state_dict alone"
     )
-
-
-def _names_in(error: pickle.UnpicklingError) -> list[str]:
-    named = _NAMED_GLOBAL.search(str(error))
-    return [named.group(1)] if named else ["what torch.load(weights_only=True) refuses"]
 
 
 def _require_tensors(file: Path, state: Any) -> dict[str, Tensor]:

@@ -4,6 +4,8 @@ A word's module is imported when the word is used, since most of them load torch
 """
 
 import argparse
+import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +46,7 @@ From a GGUF file to a served model:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one word; what the user can put right is one line on stderr and the exit status 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    _quieten()
     options = _parser(used=arguments[0] if arguments else "").parse_args(arguments)
     try:
         import_module(options.module).run(options)
@@ -53,6 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _quieten() -> None:
+    """What libraries tell their own developers as they are imported is not for the users of this command."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own bars, beside ours
 
 
 def _parser(*, used: str) -> argparse.ArgumentParser:

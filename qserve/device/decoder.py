@@ -71,7 +71,10 @@ class Decoder:
         return sum(linear.num_bytes for linear in (*linears, self._head)) + _num_bytes(self._embedding)
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Hidden states after the last layer, before its norm: (tokens, hidden_size) float32."""
+        """Hidden states after the last layer, before its norm: (tokens, hidden_size) float32, until the next step."""
+        return self._ops.run_step(lambda: self._run_layers(batch, cache), batch, cache)
+
+    def _run_layers(self, batch: Batch, cache: KVCache) -> Tensor:
         ops, spec = self._ops, self._spec
         multiplier = spec.residual_multiplier
         x = ops.embed(batch.token_ids, self._embedding, scale=spec.embedding_scale)

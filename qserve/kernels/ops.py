@@ -13,7 +13,7 @@ Between two stages everything is float32, contiguous, (tokens, features). A laye
     x = gated_linear_add(gate_up, down_linear, x, ...)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -118,6 +118,13 @@ class Batch:
 
 class Ops(Protocol):
     """The stages. No stage may let a row's result depend on the rows beside it."""
+
+    def run_step(self, forward: Callable[[], Tensor], batch: Batch, cache: object) -> Tensor:
+        """forward(), which calls nothing but stages and takes nothing from outside that changes but the batch.
+
+        Kernels may record its stages and replay them for a batch of as many tokens and the same cache; then a stage's
+        result stands only until the next stage of its kind and width, and the step's until the next step.
+        """
 
     def pack(self, weights: Sequence[Weight], *, biases: Sequence[Tensor | None]) -> Linear:
         """Lay out weights that share one input, their outputs side by side; each weight has its bias or None."""

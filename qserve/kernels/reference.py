@@ -88,6 +88,9 @@ class ReferenceOps:
             bias=None if bias is None else bias.to(self._device),
         )
 
+    def run_step(self, forward: Callable[[], Tensor], batch: Batch, cache: object) -> Tensor:
+        return forward()
+
     def embed(self, token_ids: Tensor, table: Weight, *, scale: float) -> Tensor:
         rows = table[token_ids] if isinstance(table, Tensor) else select_rows(table, token_ids).dequantize()
         rows = rows.to(torch.float32)

@@ -1,0 +1,43 @@
+// What an integer kernel does with the exact sums of a group, and with a row at the end. Both integer kernels call
+// these, so their float operations are the same in the same order: multiply, then add, groups ascending.
+#pragma once
+#include "lanes.h"
+#include "rows.h"
+
+namespace qserve {
+
+// The float numbers of a weight that belong to 16 channels and one group.
+struct GroupScales {
+  F32 scale, offset;
+  bool has_offset;
+};
+
+QSERVE_INLINE GroupScales load_scales(const Weight& w, int64_t index) {
+  GroupScales group = {load_float(w.scale_type, w.scales, index), {}, w.offsets != nullptr};
+  if (group.has_offset) group.offset = load_float(w.offset_type, w.offsets, index);
+  return group;
+}
+
+// sums[p] are the planes' dot products with codes whose zero is already taken away.
+template <int Planes>
+QSERVE_INLINE F32 add_group(F32 y, const I32* sums, const GroupScales& group, float input_scale, float total) {
+  if constexpr (Planes == 1) y += group.scale * to_float(sums[0]);
+  if constexpr (Planes == 2) y += group.scale * splat(input_scale) * to_float((sums[0] << 8) + sums[1]);
+  if constexpr (Planes == 3)
+    y += group.scale * ((to_float(sums[0]) * splat(256.0f) + to_float(sums[1])) * splat(256.0f) + to_float(sums[2]));
+  return group.has_offset ? y + group.offset * splat(total) : y;
+}
+
+template <int Planes>
+QSERVE_INLINE F32 finish_row(F32 y, const Weight& w, const Rows& rows, int64_t row, int tile) {
+  if constexpr (Planes == 2) return y;
+  if (w.fix != nullptr) y -= splat(rows.zeros[row]) * load<F32>(w.fix + tile * kLanes);
+  return splat(rows.scales[row]) * y;
+}
+
+template <int Planes>
+QSERVE_INLINE float input_scale(const Weight& w, const Rows& rows, int64_t row, int group) {
+  return Planes == 2 ? rows.scales[row * w.groups + group] : 1.0f;
+}
+
+}  // namespace qserve

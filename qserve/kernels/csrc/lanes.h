@@ -1,0 +1,204 @@
+// Sixteen lanes of float or int32, on whatever vectors the target has: GCC and Clang split a 64-byte vector into what
+// exists. What the language cannot say (dot products of bytes, fused multiply-add, rounding) has one version per target.
+// Multiplications and additions are never contracted: where a fused one is meant, `fused` says so.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define QSERVE_INLINE inline __attribute__((always_inline))
+
+namespace qserve {
+
+constexpr int kLanes = 16;
+
+typedef float F32 __attribute__((vector_size(64)));
+typedef int32_t I32 __attribute__((vector_size(64)));
+typedef uint32_t U32 __attribute__((vector_size(64)));
+typedef uint8_t Bytes __attribute__((vector_size(64)));  // 16 lanes of 4 codes
+typedef int8_t I8x16 __attribute__((vector_size(16)));
+typedef uint8_t U8x16 __attribute__((vector_size(16)));
+typedef uint16_t U16x16 __attribute__((vector_size(32)));
+
+enum FloatType : int32_t { kBF16 = 0, kF16 = 1, kF32 = 2, kE4M3 = 3, kE5M2 = 4 };
+
+template <class V>
+QSERVE_INLINE V load(const void* from) {
+  V value;
+  memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <class V>
+QSERVE_INLINE void store(void* to, V value) {
+  memcpy(to, &value, sizeof value);
+}
+
+QSERVE_INLINE F32 splat(float x) { return F32{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+QSERVE_INLINE I32 splat(int32_t x) { return I32{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+QSERVE_INLINE F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
+QSERVE_INLINE F32 bits_to_float(U32 x) { return (F32)x; }
+QSERVE_INLINE F32 largest(F32 a, F32 b) { return a > b ? a : b; }
+QSERVE_INLINE F32 smallest(F32 a, F32 b) { return a < b ? a : b; }
+QSERVE_INLINE F32 magnitude(F32 x) { return (F32)((U32)x & 0x7fffffffu); }
+
+// The first `count` lanes; the others are zero.
+QSERVE_INLINE F32 load_some(const float* from, int count) {
+  F32 value = {};
+  if (count >= kLanes) return load<F32>(from);
+  if (count > 0) memcpy(&value, from, count * sizeof(float));
+  return value;
+}
+
+QSERVE_INLINE void store_some(float* to, F32 value, int count) {
+  if (count >= kLanes) return store(to, value);
+  if (count > 0) memcpy(to, &value, count * sizeof(float));
+}
+
+// Sums and maxima over lanes, in one fixed tree.
+QSERVE_INLINE float sum_lanes(F32 x) {
+  float lane[kLanes];
+  store(lane, x);
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+
+QSERVE_INLINE float max_lanes(F32 x) {
+  float lane[kLanes];
+  store(lane, x);
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+  return lane[0];
+}
+
+#if defined(__AVX512F__)
+
+QSERVE_INLINE F32 fused(F32 a, F32 b, F32 c) { return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+QSERVE_INLINE I32 round_to_int(F32 x) { return (I32)_mm512_cvtps_epi32((__m512)x); }
+
+#elif defined(__AVX2__)
+
+struct Halves {
+  __m256i low, high;
+};
+template <class V>
+QSERVE_INLINE Halves split(V x) {
+  Halves halves;
+  memcpy(&halves, &x, 64);
+  return halves;
+}
+template <class V>
+QSERVE_INLINE V join(__m256i low, __m256i high) {
+  Halves halves{low, high};
+  V value;
+  memcpy(&value, &halves, 64);
+  return value;
+}
+QSERVE_INLINE F32 fused(F32 a, F32 b, F32 c) {
+  const Halves x = split(a), y = split(b), z = split(c);
+  return join<F32>((__m256i)_mm256_fmadd_ps((__m256)x.low, (__m256)y.low, (__m256)z.low),
+                   (__m256i)_mm256_fmadd_ps((__m256)x.high, (__m256)y.high, (__m256)z.high));
+}
+QSERVE_INLINE I32 round_to_int(F32 x) {
+  const Halves halves = split(x);
+  return join<I32>(_mm256_cvtps_epi32((__m256)halves.low), _mm256_cvtps_epi32((__m256)halves.high));
+}
+
+#else
+
+QSERVE_INLINE F32 fused(F32 a, F32 b, F32 c) { return a * b + c; }
+QSERVE_INLINE I32 round_to_int(F32 x) {
+  I32 result;
+  for (int i = 0; i < kLanes; ++i) result[i] = (int32_t)__builtin_rintf(x[i]);
+  return result;
+}
+
+#endif
+
+QSERVE_INLINE F32 round_lanes(F32 x) { return to_float(round_to_int(x)); }
+
+// sums[lane] + codes[4 lane + j] * inputs[j] over j < 4: unsigned codes below 2^Bits, signed inputs; exact.
+template <int Bits>
+QSERVE_INLINE I32 dot(I32 sums, Bytes codes, const int8_t* inputs) {
+  int32_t four;
+  memcpy(&four, inputs, 4);
+#if defined(__AVX512VNNI__)
+  return (I32)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(four));
+#elif defined(__AVX2__)
+  const __m256i x = _mm256_set1_epi32(four);
+  const Halves w = split(codes);
+  __m256i low, high;
+  if constexpr (Bits <= 4) {  // pairs fit in 16 bits
+    const __m256i ones = _mm256_set1_epi16(1);
+    low = _mm256_madd_epi16(_mm256_maddubs_epi16(w.low, x), ones);
+    high = _mm256_madd_epi16(_mm256_maddubs_epi16(w.high, x), ones);
+  } else {
+    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), odd = _mm256_srai_epi16(x, 8);
+    const __m256i mask = _mm256_set1_epi16(0xff);
+    const auto both = [&](__m256i half) {
+      return _mm256_add_epi32(_mm256_madd_epi16(_mm256_and_si256(half, mask), even),
+                              _mm256_madd_epi16(_mm256_srli_epi16(half, 8), odd));
+    };
+    low = both(w.low), high = both(w.high);
+  }
+  return sums + join<I32>(low, high);
+#else
+  const U32 lanes = (U32)codes;
+  for (int j = 0; j < 4; ++j) sums += (I32)((lanes >> (8 * j)) & 0xffu) * splat((int32_t)inputs[j]);
+  return sums;
+#endif
+}
+
+// Sixteen values of a stored float type, widened exactly (infinities and NaNs of the 8- and 16-bit types aside).
+template <int Type>
+QSERVE_INLINE F32 load_float(const void* from, int64_t index) {
+  if constexpr (Type == kF32) return load<F32>((const float*)from + index);
+  if constexpr (Type == kBF16)
+    return bits_to_float(__builtin_convertvector(load<U16x16>((const uint16_t*)from + index), U32) << 16);
+  if constexpr (Type == kF16) {
+    const U32 bits = __builtin_convertvector(load<U16x16>((const uint16_t*)from + index), U32);
+    return (F32)((U32)((F32)((bits & 0x7fffu) << 13) * splat(0x1p112f)) | ((bits & 0x8000u) << 16));
+  }
+  const U32 bits = __builtin_convertvector(load<U8x16>((const uint8_t*)from + index), U32);
+  const F32 size = Type == kE4M3 ? (F32)((bits & 0x7fu) << 20) * splat(0x1p120f)
+                                 : (F32)((bits & 0x7fu) << 21) * splat(0x1p112f);
+  return (F32)((U32)size | ((bits & 0x80u) << 24));
+}
+
+QSERVE_INLINE F32 load_float(int32_t type, const void* from, int64_t index) {
+  if (type == kBF16) return load_float<kBF16>(from, index);
+  if (type == kF16) return load_float<kF16>(from, index);
+  return load_float<kF32>(from, index);
+}
+
+// The nearest bfloat16, ties to even, in the upper half of each lane.
+QSERVE_INLINE U32 round_to_bf16(F32 x) {
+  const U32 bits = (U32)x;
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+}
+
+QSERVE_INLINE U16x16 upper_halves(U32 x) { return __builtin_convertvector(x >> 16, U16x16); }
+
+// e^x to about one unit in the last place; 0 below -87.
+QSERVE_INLINE F32 exponential(F32 x) {
+  const F32 clamped = smallest(largest(x, splat(-87.0f)), splat(88.0f));
+  const I32 n = round_to_int(clamped * splat(1.44269504f));
+  const F32 whole = to_float(n);
+  const F32 r = fused(whole, splat(-1.42860677e-6f), fused(whole, splat(-0.693145752f), clamped));
+  F32 p = splat(1.0f / 5040);
+  for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fused(p, r, splat(c));
+  const F32 y = (F32)((I32)p + (n << 23));
+  return x < splat(-87.0f) ? F32{} : y;
+}
+
+QSERVE_INLINE F32 tanh_lanes(F32 x) {
+  const F32 e = exponential(magnitude(x) * splat(-2.0f));
+  const F32 y = (splat(1.0f) - e) / (splat(1.0f) + e);
+  return (F32)((U32)y | ((U32)x & 0x80000000u));
+}
+
+}  // namespace qserve

@@ -1,0 +1,58 @@
+// y = x W^T: the kernels, and where their results go.
+#pragma once
+#include "lanes.h"
+#include "rows.h"
+#include "stage.h"
+#include "team.h"
+
+namespace qserve {
+
+// Where a linear's results go, and what is done to each on the way.
+struct Output {
+  float* data;  // (rows, stride)
+  const float* residual;
+  const float* bias;
+  int64_t stride;
+  int64_t column;  // where the weight's channels begin
+  int32_t channels;
+  float scale;
+  float soft_cap;
+
+  QSERVE_INLINE void put(int64_t row, int tile, F32 y) const {
+    const int rest = channels - tile * kLanes;
+    const int64_t at = column + tile * kLanes;
+    if (bias != nullptr) y += load_some(bias + at, rest);
+    if (scale != 1.0f) y *= splat(scale);
+    if (soft_cap != 0.0f) y = tanh_lanes(y / splat(soft_cap)) * splat(soft_cap);
+    if (residual != nullptr) y = load_some(residual + row * stride + at, rest) + y;
+    store_some(data + row * stride + at, y, rest);
+  }
+};
+
+// The range [begin, end) of each task, when `total` things are cut into pieces of `size`.
+struct Pieces {
+  int64_t total, size;
+  int64_t count() const { return (total + size - 1) / size; }
+  int64_t begin(int64_t piece) const { return piece * size; }
+  int64_t end(int64_t piece) const { return begin(piece + 1) < total ? begin(piece + 1) : total; }
+};
+
+// Tiles for a task: enough bytes that taking one costs little, and enough tasks that no thread waits long for the last.
+inline Pieces split_tiles(const Weight& w, int64_t tile_bytes, const Team& team) {
+  constexpr int64_t kTaskBytes = 24 * 1024, kTasksPerThread = 16;
+  const int64_t tiles = w.tiles();
+  const int64_t for_bytes = (kTaskBytes + tile_bytes - 1) / tile_bytes;
+  const int64_t for_count = (tiles + team.size() * kTasksPerThread - 1) / (team.size() * kTasksPerThread);
+  return {tiles, for_bytes > for_count ? for_bytes : for_count};
+}
+
+void multiply_integer(const Weight& w, const Rows& rows, const Output& output, Team& team);
+void multiply_float(const Weight& w, const Rows& rows, const Output& output, Team& team);
+
+// By AMX; false where this build, this weight or so few rows are not for it. Equal bits to the function above.
+bool multiply_integer_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team);
+void multiply_bf16_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team);
+
+void run_linear(const Stage& stage, Scratch& scratch, Team& team);
+
+}  // namespace qserve

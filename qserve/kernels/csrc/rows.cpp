@@ -1,0 +1,233 @@
+#include "rows.h"
+
+#include <cmath>
+
+#include "normalize.h"
+
+namespace qserve {
+namespace {
+
+constexpr float kTiny = 1.17549435e-38f;
+constexpr float kEpsilon = 1.1920929e-07f;
+
+// Where one row's numbers go; see Rows.
+struct Row {
+  int8_t* codes;
+  int32_t* starts;
+  float* scales;
+  float* totals;
+  float* zero;
+};
+
+QSERVE_INLINE void store_codes(int8_t* to, I32 codes) { store(to, __builtin_convertvector(codes, I8x16)); }
+
+float largest_magnitude(const float* x, int64_t count) {
+  F32 most = {};
+  for (int64_t i = 0; i < count; i += kLanes) most = largest(most, magnitude(load_some(x + i, (int)(count - i))));
+  return max_lanes(most);
+}
+
+int32_t sum_codes(const int8_t* codes, int64_t count) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += codes[i];
+  return sum;
+}
+
+int32_t start_factor(const Weight& w) { return w.zeros != nullptr ? -1 : -w.code_bias; }
+
+// Fills starts, and totals in units of `unit(group)`.
+template <class Unit>
+void sum_groups(const Weight& w, const Row& row, const Unit& unit) {
+  const int64_t features = w.padded_features();
+  for (int g = 0; g < w.groups; ++g) {
+    float total = 0;
+    for (int p = 0; p < w.planes; ++p) {
+      const int32_t sum = sum_codes(row.codes + p * features + (int64_t)g * w.padded_group, w.padded_group);
+      row.starts[g * w.planes + p] = sum * start_factor(w);
+      total = total * 256.0f + (float)sum;
+    }
+    row.totals[g] = total * unit(g);
+  }
+}
+
+// Splits whole numbers into signed digits of base 256, the last plane the lowest.
+template <int Planes>
+QSERVE_INLINE void store_digits(int8_t* to, int64_t features, I32 number) {
+  for (int p = Planes - 1; p > 0; --p) {
+    const I32 digit = ((number + 128) & 255) - 128;
+    store_codes(to + p * features, digit);
+    number = (number - digit) >> 8;
+  }
+  store_codes(to, number);
+}
+
+// Sixteen at a time, so what is written past `count` belongs to the next group, which is written later.
+template <int Planes>
+float quantize_exact(const float* x, int64_t count, int8_t* to, int64_t features) {
+  constexpr float kMost = Planes == 2 ? 127.0f * 256 : 127.0f * 65536;
+  const float most = largest_magnitude(x, count);
+  const float factor = most > 0 ? kMost / most : 0.0f;
+  for (int64_t i = 0; i < count; i += kLanes)
+    store_digits<Planes>(to + i, features, round_to_int(load_some(x + i, (int)(count - i)) * splat(factor)));
+  return most / kMost;
+}
+
+void quantize_groups(const float* x, const Weight& w, const Row& row) {
+  for (int g = 0; g < w.groups; ++g) {
+    const int64_t at = (int64_t)g * w.padded_group;
+    row.scales[g] = quantize_exact<2>(x + at, w.padded_group, row.codes + at, w.padded_features());
+  }
+  sum_groups(w, row, [&](int g) { return row.scales[g]; });
+}
+
+void quantize_long(const float* x, const Weight& w, const Row& row) {
+  row.scales[0] = quantize_exact<3>(x, w.padded_features(), row.codes, w.padded_features());
+  sum_groups(w, row, [](int) { return 1.0f; });
+}
+
+void quantize_int8(const float* x, const Weight& w, const Row& row, float scale, float zero) {
+  const F32 inverse = splat(1.0f / scale), shift = splat(zero);
+  const int64_t features = w.padded_features();
+  for (int64_t i = 0; i < features; i += kLanes) {
+    const F32 q = round_lanes(load_some(x + i, (int)(features - i)) * inverse) + shift;
+    store_codes(row.codes + i, round_to_int(smallest(largest(q, splat(-128.0f)), splat(127.0f))));
+  }
+  row.scales[0] = scale;
+  *row.zero = zero;
+}
+
+// What stands in the padding must count as nothing: neither in the sums nor in the zero point's share.
+void clear_padding(const Weight& w, int8_t* codes) {
+  if (w.padded_group == w.group_size) return;
+  for (int g = 0; g < w.groups; ++g)
+    memset(codes + (int64_t)g * w.padded_group + w.group_size, 0, w.padded_group - w.group_size);
+}
+
+void quantize_asymmetric(const float* x, const Weight& w, const Row& row) {
+  F32 low = {}, high = {};
+  const int64_t features = w.padded_features();
+  for (int64_t i = 0; i < features; i += kLanes) {
+    const F32 values = load_some(x + i, (int)(features - i));
+    low = smallest(low, values), high = largest(high, values);
+  }
+  const float least = -max_lanes(-low), most = max_lanes(high);
+  const float scale = std::fmax((most - least) / 255.0f, kTiny);
+  const float zero = std::fmin(std::fmax(-128.0f - std::nearbyintf(least / scale), -128.0f), 127.0f);
+  quantize_int8(x, w, row, scale, zero);
+  clear_padding(w, row.codes);
+  sum_groups(w, row, [](int) { return 1.0f; });
+}
+
+void quantize_symmetric(const float* x, const Weight& w, const Row& row) {
+  const float scale = std::fmax(largest_magnitude(x, w.padded_features()) / 127.5f, kEpsilon);
+  quantize_int8(x, w, row, scale, 0.0f);
+  sum_groups(w, row, [](int) { return 1.0f; });
+}
+
+void quantize(const float* x, const Weight& w, const Row& row) {
+  if (w.activation == kAsymmetric) return quantize_asymmetric(x, w, row);
+  if (w.activation == kSymmetric) return quantize_symmetric(x, w, row);
+  return w.planes == 2 ? quantize_groups(x, w, row) : quantize_long(x, w, row);
+}
+
+// x as the sum of two bfloat16 numbers: 16 of its 24 bits.
+void split_halves(const float* x, int64_t features, uint16_t* halves) {
+  for (int64_t i = 0; i < features; i += kLanes) {
+    const F32 values = load<F32>(x + i);
+    const U32 upper = round_to_bf16(values);
+    store(halves + i, upper_halves(upper));
+    store(halves + features + i, upper_halves(round_to_bf16(values - bits_to_float(upper))));
+  }
+}
+
+// Rounds to float8_e4m3fn: three bits behind the leading one, steps of 2^-9 below 2^-6.
+float round_to_e4m3(float x) {
+  int exponent;
+  std::frexp(x, &exponent);
+  const float step = std::ldexp(1.0f, (exponent < -5 ? -5 : exponent) - 4);
+  return std::nearbyintf(x / step) * step;
+}
+
+float quantize_float8(float* x, int64_t features) {
+  constexpr float kMost = 448.0f;
+  const float most = largest_magnitude(x, features);
+  const float scale = most == 0 ? 1.0f : most / kMost;
+  for (int64_t i = 0; i < features; ++i) x[i] = round_to_e4m3(std::fmin(std::fmax(x[i] / scale, -kMost), kMost));
+  return scale;
+}
+
+void round_to_float8(float* x, int64_t features) {
+  const float scale = quantize_float8(x, features);
+  for (int64_t i = 0; i < features; ++i) x[i] *= scale;
+}
+
+// The input of one row as floats, in the weight's padded order.
+void gather_row(const Stage& stage, const Weight& w, int64_t row, float* x, float* unpadded) {
+  float* plain = w.padded_group == w.group_size ? x : unpadded;
+  read_input(stage, row, plain, w.in_features);
+  if (w.pre_scale != nullptr)
+    for (int64_t i = 0; i < w.in_features; ++i) plain[i] *= w.pre_scale[i];
+  if (plain == x) return;
+  memset(x, 0, w.padded_features() * sizeof(float));
+  for (int g = 0; g < w.groups; ++g)
+    memcpy(x + (int64_t)g * w.padded_group, plain + (int64_t)g * w.group_size, w.group_size * sizeof(float));
+}
+
+void prepare_float_row(float* x, const Weight& w, int64_t row, const Rows& rows) {
+  if (w.activation == kFloat8) ((float*)rows.scales)[row] = quantize_float8(x, w.padded_features());
+  if (rows.halves == nullptr) return;
+  uint16_t* halves = (uint16_t*)rows.halves + row * rows.planes * rows.features;
+  if (rows.planes == 2) return split_halves(x, rows.features, halves);
+  for (int64_t i = 0; i < rows.features; i += kLanes) store(halves + i, upper_halves((U32)load<F32>(x + i)));
+}
+
+Row row_of(const Rows& rows, const Weight& w, int64_t row) {
+  const int64_t scales = w.planes == 2 ? w.groups : 1;
+  return {(int8_t*)rows.codes + row * rows.planes * rows.features, (int32_t*)rows.starts + row * w.groups * w.planes,
+          (float*)rows.scales + row * scales, (float*)rows.totals + row * w.groups, (float*)rows.zeros + row};
+}
+
+Rows take_rows(const Weight& w, int count, Scratch& scratch) {
+  Rows rows = {};
+  rows.count = count, rows.planes = w.planes, rows.features = w.padded_features();
+  const int64_t codes = (int64_t)(count + 16) * w.planes * rows.features;
+  if (w.form == kFloat) {
+    rows.scales = scratch.take<float>(count);
+    if (uses_bf16_tiles(w)) rows.halves = scratch.take<uint16_t>(codes);
+    rows.values = scratch.take<float>((int64_t)(rows.halves ? 0 : count) * rows.features);
+    return rows;
+  }
+  rows.codes = scratch.take<int8_t>(codes);
+  rows.starts = scratch.take<int32_t>((int64_t)count * w.groups * w.planes);
+  rows.scales = scratch.take<float>((int64_t)count * (w.planes == 2 ? w.groups : 1));
+  rows.totals = scratch.take<float>((int64_t)count * w.groups);
+  rows.zeros = scratch.take<float>(count);
+  return rows;
+}
+
+void prepare_row(const Stage& stage, const Weight& w, int64_t row, const Rows& rows) {
+  Scratch& scratch = thread_scratch();
+  scratch.reset();
+  float* unpadded = scratch.take<float>(w.in_features);
+  float* x = scratch.take<float>(rows.features);
+  if (w.form == kFloat && rows.halves == nullptr) x = (float*)rows.values + row * rows.features;
+  gather_row(stage, w, row, x, unpadded);
+  if (w.form == kFloat) return prepare_float_row(x, w, row, rows);
+  if (w.activation == kFloat8) round_to_float8(x, rows.features);
+  quantize(x, w, row_of(rows, w, row));
+}
+
+}  // namespace
+
+Rows prepare_rows(const Stage& stage, const Weight& weight, Scratch& scratch, Team& team) {
+  const Rows rows = take_rows(weight, stage.rows, scratch);
+  // A row takes a fraction of a microsecond: fewer than a handful are not worth waking anybody for.
+  const int64_t rows_per_task = stage.rows < 4 ? stage.rows : 2;
+  team.run((stage.rows + rows_per_task - 1) / rows_per_task, [&](int64_t task) {
+    for (int64_t row = task * rows_per_task; row < stage.rows && row < (task + 1) * rows_per_task; ++row)
+      prepare_row(stage, weight, row, rows);
+  });
+  return rows;
+}
+
+}  // namespace qserve

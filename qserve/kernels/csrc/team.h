@@ -1,0 +1,69 @@
+// A team of threads that shares out the tasks of one parallel loop after another, with no other synchronization.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace qserve {
+
+class Team {
+ public:
+  explicit Team(int num_threads);
+  ~Team();
+
+  int size() const { return (int)workers_.size() + 1; }
+
+  // Threads spin between begin and end, and sleep soon after end.
+  void begin();
+  void end();
+
+  // body(task) for every task < num_tasks, in any order, on any thread of the team; returns when all are done.
+  template <class Body>
+  void run(int64_t num_tasks, const Body& body) {
+    if (workers_.empty() || num_tasks <= 1) {
+      for (int64_t task = 0; task < num_tasks; ++task) body(task);
+      return;
+    }
+    for (int64_t first = 0; first < num_tasks; first += kMaxTasks) {
+      const auto shifted = [&body, first](int64_t task) { body(first + task); };
+      const int64_t rest = num_tasks - first;
+      share(rest < kMaxTasks ? rest : kMaxTasks, call<decltype(shifted)>, &shifted);
+    }
+  }
+
+ private:
+  using Call = void (*)(const void*, int64_t);
+  static constexpr int kFieldBits = 20;
+  static constexpr int64_t kMaxTasks = (1 << kFieldBits) - 1;
+
+  template <class Body>
+  static void call(const void* body, int64_t task) {
+    (*(const Body*)body)(task);
+  }
+
+  void share(int64_t num_tasks, Call call, const void* body);
+  bool work();
+  void serve();
+  void sleep();
+
+  // One word says which loop it is, how many tasks it has, and the next that nobody has taken:
+  //     generation : 24 | tasks : 20 | next : 20
+  // A task is taken by compare-and-swap of the whole word, so a late thread can never take one of the wrong loop; and
+  // while a taken task runs, the loop is not over, so call_ and body_ stand. A thread that the system has taken off
+  // its core holds nothing up unless it was inside a task.
+  alignas(64) std::atomic<uint64_t> ticket_{0};
+  alignas(64) std::atomic<int64_t> done_{0};
+  alignas(64) std::atomic<Call> call_{nullptr};
+  std::atomic<const void*> body_{nullptr};
+  alignas(64) std::atomic<bool> is_active_{false};
+  std::atomic<bool> is_closing_{false};
+  std::atomic<int> sleepers_{0};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace qserve

@@ -1,0 +1,288 @@
+"""The stages of `ops.Ops` on the compiled kernels, for CPUs.
+
+Each call fills one structure of `csrc/stage.h` and runs it. Knows no layout (`packing.py`) and no instruction set
+(`build.py`).
+"""
+
+from collections.abc import Callable, Sequence
+from ctypes import Structure, pointer
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qserve.kernels.build import Progress, Variant, choose_variant, count_cores, load_library
+from qserve.kernels.linear import Linear, join_biases, join_weights
+from qserve.kernels.ops import Activation, AttentionSpec, Batch, CacheLayer, Norm, NormKind, Rotary
+from qserve.kernels.packing import PackedWeight, pack_weight
+from qserve.kernels.recorder import Recorder
+from qserve.kernels.reference import select_rows
+from qserve.kernels.stages import (
+    FLOAT_TYPES,
+    AttentionStruct,
+    CacheStruct,
+    LinearStruct,
+    NormStruct,
+    Runner,
+    StageKind,
+    StageStruct,
+    StepStruct,
+    WeightStruct,
+    address,
+)
+from qserve.quant.weight import QuantizedWeight, Weight
+
+_GATES = {Activation.SILU: 0, Activation.GELU: 1, Activation.GELU_TANH: 2, Activation.RELU: 3}
+_GATED = 1  # of stage.h's Preparation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeLinear:
+    """Packed weights and the structures that point at them."""
+
+    weights: tuple[PackedWeight, ...]
+    bias: Tensor | None
+    struct: LinearStruct
+    kernel: str
+
+    @property
+    def in_features(self) -> int:
+        return self.weights[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        return sum(weight.out_features for weight in self.weights)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(weight.num_bytes for weight in self.weights)
+
+
+class NativeOps:
+    """The stages of `ops.Ops`. Not for two threads at once."""
+
+    def __init__(self, runner: Runner, variant: Variant) -> None:
+        self._runner = runner
+        self._variant = variant
+        self._mirrors: dict[tuple[int, ...], tuple[Any, Structure]] = {}  # by identity of what they mirror, kept here
+        self._step = StepStruct()
+        self._batch: Batch | None = None
+        self._recorder = Recorder()
+
+    @property
+    def variant(self) -> str:
+        return self._variant.name
+
+    @property
+    def num_threads(self) -> int:
+        return self._runner.num_threads
+
+    def close(self) -> None:
+        """End the threads."""
+        self._runner.close()
+
+    def pack(self, weights: Sequence[Weight], *, biases: Sequence[Tensor | None]) -> NativeLinear:
+        return pack_linear(weights, biases=biases, variant=self._variant)
+
+    def run_step(self, forward: Callable[[], Tensor], batch: Batch, cache: object) -> Tensor:
+        """forward(), recorded the first time for so many tokens, replayed in one call whenever there are as many."""
+        self._set_batch(batch)
+        return self._recorder.run_step(forward, self._runner, num_tokens=len(batch.token_ids), cache=cache)
+
+    def embed(self, token_ids: Tensor, table: Weight, *, scale: float) -> Tensor:
+        if isinstance(table, QuantizedWeight):
+            self._recorder.give_up()
+            rows = select_rows(table, token_ids).dequantize().to(torch.float32)
+            return rows if scale == 1.0 else rows * scale
+        is_batch = self._batch is not None and token_ids is self._batch.token_ids
+        stage = StageStruct(
+            kind=StageKind.EMBED if is_batch else StageKind.SELECT,
+            input=table.data_ptr(),
+            index=token_ids.data_ptr(),
+            table_type=FLOAT_TYPES[table.dtype],
+            scale=scale,
+        )
+        return self._run(stage, rows=len(token_ids), width=table.shape[1])
+
+    def norm_linear(self, x: Tensor, norm: Norm | None, linear: Linear) -> Tensor:
+        stage = _linear_stage(x, linear)
+        self._set_norm(stage, "norm", norm)
+        return self._run(stage, rows=x.shape[0], width=linear.out_features)
+
+    def rotate_and_store(
+        self, qkv: Tensor, attention: AttentionSpec, rotary: Rotary | None, batch: Batch, cache: CacheLayer
+    ) -> None:
+        stage = self._attention_stage(StageKind.ROTATE, qkv, attention, rotary, batch, cache)
+        self._run(stage, rows=qkv.shape[0], width=qkv.shape[1], output=qkv)
+
+    def attend(self, qkv: Tensor, attention: AttentionSpec, batch: Batch, cache: CacheLayer) -> Tensor:
+        stage = self._attention_stage(StageKind.ATTEND, qkv, attention, None, batch, cache)
+        return self._run(stage, rows=qkv.shape[0], width=attention.query_size)
+
+    def linear_add(
+        self, x: Tensor, linear: Linear, residual: Tensor, *, post_norm: Norm | None = None, multiplier: float = 1.0
+    ) -> Tensor:
+        return self._add(_linear_stage(x, linear), residual, post_norm, multiplier)
+
+    def gated_linear_add(
+        self,
+        gate_up: Tensor,
+        linear: Linear,
+        residual: Tensor,
+        *,
+        activation: Activation,
+        post_norm: Norm | None = None,
+        multiplier: float = 1.0,
+    ) -> Tensor:
+        stage = _linear_stage(gate_up, linear)
+        stage.preparation = _GATED
+        stage.gate = _GATES[activation]
+        return self._add(stage, residual, post_norm, multiplier)
+
+    def head(
+        self, x: Tensor, norm: Norm | None, linear: Linear, *, scale: float = 1.0, soft_cap: float | None = None
+    ) -> Tensor:
+        stage = _linear_stage(x, linear)
+        stage.scale = scale
+        stage.soft_cap = soft_cap or 0.0
+        self._set_norm(stage, "norm", norm)
+        return self._run(stage, rows=x.shape[0], width=linear.out_features)
+
+    def _add(self, stage: StageStruct, residual: Tensor, post_norm: Norm | None, multiplier: float) -> Tensor:
+        """The residual's memory takes the result."""
+        assert residual.is_contiguous(), residual.stride()
+        stage.residual = residual.data_ptr()
+        stage.scale = multiplier
+        self._set_norm(stage, "post_norm", post_norm)
+        return self._run(stage, rows=residual.shape[0], width=residual.shape[1], output=residual)
+
+    def _run(self, stage: StageStruct, *, rows: int, width: int, output: Tensor | None = None) -> Tensor:
+        if output is None:
+            output = self._recorder.allocate(stage.kind, rows=rows, width=width)
+        stage.output = output.data_ptr()
+        stage.rows = rows
+        stage.width = width
+        self._runner.run(stage, 1)
+        self._recorder.add(stage)
+        return output
+
+    def _attention_stage(
+        self,
+        kind: StageKind,
+        qkv: Tensor,
+        attention: AttentionSpec,
+        rotary: Rotary | None,
+        batch: Batch,
+        cache: CacheLayer,
+    ) -> StageStruct:
+        assert qkv.is_contiguous(), qkv.stride()
+        self._set_batch(batch)
+        return StageStruct(
+            kind=kind,
+            input=qkv.data_ptr(),
+            attention=self._mirror((attention, rotary), self._mirror_attention),
+            cache=self._mirror((cache,), _mirror_cache),
+            step=pointer(self._step),
+        )
+
+    def _set_norm(self, stage: StageStruct, name: str, norm: Norm | None) -> None:
+        if norm is not None:
+            setattr(stage, name, self._mirror((norm,), _mirror_norm))
+
+    def _mirror(self, originals: tuple[Any, ...], make: Callable[..., Structure]) -> Any:
+        """A pointer to the structure for these objects, made once; both live as long as this."""
+        key = tuple(map(id, originals))
+        if key not in self._mirrors:
+            self._mirrors[key] = (originals, make(*originals))
+        return pointer(self._mirrors[key][1])
+
+    def _mirror_attention(self, attention: AttentionSpec, rotary: Rotary | None) -> AttentionStruct:
+        norms = {
+            name: self._mirror((norm,), _mirror_norm)
+            for name, norm in (("query_norm", attention.query_norm), ("key_norm", attention.key_norm))
+            if norm is not None
+        }
+        return AttentionStruct(
+            **norms,
+            cos=None if rotary is None else rotary.cos.data_ptr(),
+            sin=None if rotary is None else rotary.sin.data_ptr(),
+            half=0 if rotary is None else rotary.cos.shape[1],
+            num_heads=attention.num_heads,
+            num_kv_heads=attention.num_kv_heads,
+            head_dim=attention.head_dim,
+            window=attention.sliding_window or 0,
+            scale=attention.scale,
+            soft_cap=attention.soft_cap or 0.0,
+        )
+
+    def _set_batch(self, batch: Batch) -> None:
+        """Recorded stages point at this one structure, so a new batch is a change of its fields."""
+        if batch is self._batch:
+            return
+        self._batch = batch
+        step = self._step
+        step.token_ids = batch.token_ids.data_ptr()
+        step.positions = batch.positions.data_ptr()
+        step.slots = batch.slots.data_ptr()
+        step.query_starts = batch.query_starts.data_ptr()
+        step.context_lens = batch.context_lens.data_ptr()
+        step.block_tables = batch.block_tables.data_ptr()
+        step.tokens = len(batch.token_ids)
+        step.chunks, step.max_blocks = batch.block_tables.shape
+
+
+def open_native(
+    *, num_threads: int = 0, variant: str | None = None, cache: Path | None = None, progress: Progress | None = None
+) -> NativeOps:
+    """The kernels for this processor, compiled if they have not been; KernelsUnavailable without a compiler.
+
+    num_threads 0 takes every core that this process may use; `variant` names one of `build.VARIANTS`.
+    """
+    chosen = choose_variant(variant)
+    library = load_library(chosen, cache=cache, progress=progress)
+    return NativeOps(Runner(library, num_threads=num_threads or count_cores()), chosen)
+
+
+def pack_linear(weights: Sequence[Weight], *, biases: Sequence[Tensor | None], variant: Variant) -> NativeLinear:
+    bias = join_biases(weights, biases)
+    packed = tuple(pack_weight(weight) for weight in join_weights(weights))
+    columns = accumulate((weight.out_features for weight in packed), initial=0)
+    structs = [weight.to_struct(column=column) for weight, column in zip(packed, columns, strict=False)]
+    struct = LinearStruct(
+        weights=(WeightStruct * len(structs))(*structs),
+        bias=address(bias),
+        num_weights=len(structs),
+        in_features=packed[0].in_features,
+        out_features=sum(weight.out_features for weight in packed),
+    )
+    kernel = "+".join(dict.fromkeys(f"{variant.name}-{weight.name}" for weight in packed))
+    return NativeLinear(weights=packed, bias=bias, struct=struct, kernel=kernel)
+
+
+def _linear_stage(x: Tensor, linear: Linear) -> StageStruct:
+    assert isinstance(linear, NativeLinear), type(linear)
+    assert x.is_contiguous(), x.stride()
+    assert x.dtype == torch.float32, x.dtype
+    return StageStruct(kind=StageKind.LINEAR, input=x.data_ptr(), linear=pointer(linear.struct), scale=1.0)
+
+
+def _mirror_norm(norm: Norm) -> NormStruct:
+    return NormStruct(
+        weight=norm.weight.data_ptr(),
+        bias=address(norm.bias),
+        eps=norm.eps,
+        is_layer=norm.kind is NormKind.LAYER,
+        size=norm.weight.numel(),
+    )
+
+
+def _mirror_cache(cache: CacheLayer) -> CacheStruct:
+    return CacheStruct(
+        keys=cache.keys.data_ptr(),
+        values=cache.values.data_ptr(),
+        type=FLOAT_TYPES[cache.keys.dtype],
+        block_size=cache.keys.shape[2],
+    )

@@ -1,0 +1,250 @@
+"""Lays weights out for the C++ kernels; what is drawn here is what they read.
+
+Knows no processor: all of them read one layout. Output channels go in tiles of 16, one lane each, and a tile is
+one run of memory, group after group. Numbers keep their stored width: nothing is widened.
+
+    integer codes   (tiles, groups, units, 2, 16 channels, 4)     a unit is 8 inputs: the first four, the other four
+        8 bits      one byte each, code + 128
+        4 bits      one byte for both halves of a unit, the first in the low nibble:
+
+                        byte  | channel 0           | channel 1           | ... channel 15
+                        low   | k0   k1   k2   k3   | k0   k1   k2   k3   |
+                        high  | k4   k5   k6   k7   | k4   k5   k6   k7   |
+
+    float values    (tiles, groups, pairs, 16 channels, 2)        float32: (tiles, groups, pairs, 2, 16 channels)
+    scales, zeros, offsets                                        (tiles, groups, 16 channels)
+
+A group is padded at its end with codes that mean zero, a last tile with channels of them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qserve.kernels.stages import FLOAT_TYPES, Form, WeightStruct, address
+from qserve.quant.weight import ActivationQuantization, QuantizedWeight, Weight
+
+LANES = 16
+_MAX_SHORT_GROUP = 256  # up to here 16-bit inputs times 8-bit codes add up within 32 bits
+_ACTIVATIONS = {
+    ActivationQuantization.NONE: 0,
+    ActivationQuantization.INT8_ASYMMETRIC: 1,
+    ActivationQuantization.INT8_SYMMETRIC: 2,
+    ActivationQuantization.FLOAT8: 3,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedWeight:
+    """The tensors of one packed weight, and the numbers that describe them."""
+
+    codes: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    offsets: Tensor | None = None
+    fix: Tensor | None = None
+    pre_scale: Tensor | None = None
+    form: Form
+    value_type: int = 0
+    activation: ActivationQuantization
+    planes: int
+    out_features: int
+    in_features: int
+    group_size: int
+    padded_group: int
+    code_bias: int = 0
+
+    @property
+    def num_groups(self) -> int:
+        return self.in_features // self.group_size
+
+    @property
+    def name(self) -> str:
+        """What the kernel multiplies, for people: int4 codes with 8-, 16- or 24-bit inputs, or floats."""
+        if self.form is Form.FLOAT:
+            return next(
+                str(dtype).removeprefix("torch.") for dtype, number in FLOAT_TYPES.items() if number == self.value_type
+            )
+        return f"{self.form.name.lower()}-x{8 * self.planes}"
+
+    @property
+    def num_bytes(self) -> int:
+        parts = (self.codes, self.scales, self.zeros, self.offsets, self.fix, self.pre_scale)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def to_struct(self, *, column: int) -> WeightStruct:
+        return WeightStruct(
+            codes=address(self.codes),
+            scales=address(self.scales),
+            zeros=address(self.zeros),
+            offsets=address(self.offsets),
+            fix=address(self.fix),
+            pre_scale=address(self.pre_scale),
+            form=self.form,
+            value_type=self.value_type,
+            scale_type=0 if self.scales is None else FLOAT_TYPES[self.scales.dtype],
+            offset_type=0 if self.offsets is None else FLOAT_TYPES[self.offsets.dtype],
+            activation=_ACTIVATIONS[self.activation],
+            planes=self.planes,
+            out_features=self.out_features,
+            in_features=self.in_features,
+            group_size=self.group_size,
+            padded_group=self.padded_group,
+            groups=self.num_groups,
+            code_bias=self.code_bias,
+            column=column,
+        )
+
+
+def pack_weight(weight: Weight) -> PackedWeight:
+    """Lay out one weight, quantized or not."""
+    if isinstance(weight, Tensor):
+        return _pack_plain(weight)
+    if weight.codes.dtype == torch.int8:
+        return _pack_integer(weight)
+    return _pack_float(weight)
+
+
+def _pack_plain(weight: Tensor) -> PackedWeight:
+    values = weight if weight.dtype in FLOAT_TYPES else weight.to(torch.float32)
+    return _pack_values(values, group_size=values.shape[1], activation=ActivationQuantization.NONE)
+
+
+def _pack_float(weight: QuantizedWeight) -> PackedWeight:
+    if weight.zero_points is not None or weight.offsets is not None:  # no format of today has either
+        return _pack_plain(weight.dequantize())
+    return _pack_values(
+        weight.codes,
+        group_size=weight.group_size,
+        activation=weight.activation,
+        scales=_tile(weight.scales),
+        pre_scale=_widen(weight.pre_scale),
+    )
+
+
+def _pack_values(
+    values: Tensor,
+    *,
+    group_size: int,
+    activation: ActivationQuantization,
+    scales: Tensor | None = None,
+    pre_scale: Tensor | None = None,
+) -> PackedWeight:
+    out_features, in_features = values.shape
+    padded_group = _round_up(group_size, 32 if group_size == in_features else 16)
+    pairs = _split(_bits(values), group_size, padded_group, 2)  # (tiles, 16, groups, pairs, 2)
+    order = (0, 2, 3, 4, 1) if values.dtype == torch.float32 else (0, 2, 3, 1, 4)
+    return PackedWeight(
+        codes=pairs.permute(order).contiguous(),
+        scales=scales,
+        pre_scale=pre_scale,
+        form=Form.FLOAT,
+        value_type=FLOAT_TYPES[values.dtype],
+        activation=activation,
+        planes=1 if activation is ActivationQuantization.FLOAT8 else 2,
+        out_features=out_features,
+        in_features=in_features,
+        group_size=group_size,
+        padded_group=padded_group,
+    )
+
+
+def _pack_integer(weight: QuantizedWeight) -> PackedWeight:
+    out_features, in_features = weight.shape
+    code_bias = _choose_bias(weight)
+    is_nibble = code_bias < 128
+    padded_group = _round_up(weight.group_size, 64 if weight.num_groups == 1 else 16)
+    codes = (weight.codes.to(torch.int16) + code_bias).to(torch.uint8)
+    units = _split(codes, weight.group_size, padded_group, 8, fill=code_bias)  # (tiles, 16, groups, units, 8)
+    halves = units.view(*units.shape[:4], 2, 4).permute(0, 2, 3, 4, 1, 5)  # (tiles, groups, units, 2, 16, 4)
+    packed = (halves[:, :, :, 0] | (halves[:, :, :, 1] << 4) if is_nibble else halves).contiguous()
+    is_asymmetric = weight.activation is ActivationQuantization.INT8_ASYMMETRIC
+    return PackedWeight(
+        codes=packed,
+        scales=_tile(weight.scales),
+        zeros=_pack_zeros(weight, code_bias),
+        offsets=_tile(weight.offsets),
+        fix=_sum_rows(weight) if is_asymmetric else None,
+        pre_scale=_widen(weight.pre_scale),
+        form=Form.INT4 if is_nibble else Form.INT8,
+        activation=weight.activation,
+        planes=_count_planes(weight),
+        out_features=out_features,
+        in_features=in_features,
+        group_size=weight.group_size,
+        padded_group=padded_group,
+        code_bias=code_bias,
+    )
+
+
+def _choose_bias(weight: QuantizedWeight) -> int:
+    """What makes codes and zero points unsigned: 8 or 0 where 4 bits hold both, else 128."""
+    numbers = [weight.codes] if weight.zero_points is None else [weight.codes, weight.zero_points]
+    low = min(int(each.min()) for each in numbers)
+    high = max(int(each.max()) for each in numbers)
+    return next((bias for bias in (8, 0) if low + bias >= 0 and high + bias <= 15), 128)
+
+
+def _count_planes(weight: QuantizedWeight) -> int:
+    """int8 numbers for one input: one where the recipe quantizes inputs to int8, else enough to lose nothing."""
+    if weight.activation in (ActivationQuantization.INT8_ASYMMETRIC, ActivationQuantization.INT8_SYMMETRIC):
+        return 1
+    return 2 if weight.num_groups > 1 and weight.group_size <= _MAX_SHORT_GROUP else 3
+
+
+def _pack_zeros(weight: QuantizedWeight, code_bias: int) -> Tensor | None:
+    if weight.zero_points is None or not bool(weight.zero_points.any()):
+        return None
+    return _tile_numbers((weight.zero_points.to(torch.int16) + code_bias).to(torch.uint8), fill=code_bias)
+
+
+def _sum_rows(weight: QuantizedWeight) -> Tensor:
+    """What each channel gives for inputs that are all one, summed as the kernels sum: (tiles * 16,) float32."""
+    out_features, num_groups = weight.scales.shape
+    sums = weight.codes.view(out_features, num_groups, -1).sum(dim=2, dtype=torch.int32)
+    if weight.zero_points is not None:
+        sums = sums - weight.zero_points.to(torch.int32) * weight.group_size
+    total = torch.zeros(out_features)
+    for group in range(num_groups):
+        total = total + weight.scales[:, group].to(torch.float32) * sums[:, group].to(torch.float32)
+        if weight.offsets is not None:
+            total = total + weight.offsets[:, group].to(torch.float32) * float(weight.group_size)
+    return F.pad(total, (0, -out_features % LANES))
+
+
+def _split(codes: Tensor, group_size: int, padded_group: int, size: int, *, fill: int = 0) -> Tensor:
+    """(out, in) as (tiles, 16, groups, padded_group / size, size), padding filled."""
+    out_features = codes.shape[0]
+    groups = codes.reshape(out_features, -1, group_size)
+    padding = (0, padded_group - group_size, 0, 0, 0, -out_features % LANES)
+    padded = F.pad(groups, padding, value=fill) if any(padding) else groups
+    return padded.reshape(-1, LANES, groups.shape[1], padded_group // size, size)
+
+
+def _tile(numbers: Tensor | None) -> Tensor | None:
+    """Scales or offsets, (out, groups), as (tiles, groups, 16)."""
+    if numbers is None:
+        return None
+    # Scales of 8 bits are widened: kernels read them once for each group, and know three types of them.
+    wide = numbers.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return _tile_numbers(numbers if wide else numbers.to(torch.float32), fill=0)
+
+
+def _tile_numbers(numbers: Tensor, *, fill: int) -> Tensor:
+    padded = F.pad(numbers, (0, 0, 0, -numbers.shape[0] % LANES), value=fill)
+    return padded.view(-1, LANES, numbers.shape[1]).transpose(1, 2).contiguous()
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Float8 as bytes, which torch can pad and permute anywhere."""
+    return values.view(torch.uint8) if values.element_size() == 1 else values
+
+
+def _widen(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(torch.float32).contiguous()
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,86 @@
+"""A step's stages, recorded once and replayed in one call: what a small model's decode step costs is mostly calls.
+
+Knows no stage's meaning. A recording holds for one number of tokens and one cache; what else changes from step to
+step is read through the batch's structure, to which the stages point.
+"""
+
+from collections.abc import Callable
+from ctypes import Array
+
+import torch
+from torch import Tensor
+
+from qserve.kernels.stages import Runner, StageStruct
+
+_MAX_TOKENS = 64  # above, arithmetic takes so long that calls cost nothing beside it
+
+
+class Recording:
+    """Stages in order, and the tensor that the last one fills."""
+
+    def __init__(self, cache: object) -> None:
+        self.cache = cache  # kept, so that its identity stays its own
+        self.stages: list[StageStruct] = []
+        self.is_whole = True
+        self._array: Array[StageStruct] | None = None
+        self._result: Tensor | None = None
+
+    def finish(self, result: Tensor) -> None:
+        self._array = (StageStruct * len(self.stages))(*self.stages)
+        self._result = result
+
+    def replay(self, runner: Runner) -> Tensor:
+        assert self._array is not None, "not finished"
+        assert self._result is not None, "not finished"
+        runner.run(self._array, len(self._array))
+        return self._result
+
+
+class Recorder:
+    """Recordings by number of tokens and cache, and the memory they share.
+
+    While a step is recorded, a stage's result stands until the next stage of its kind and width: the recordings of all
+    numbers of tokens, and all layers in them, write to the same few buffers.
+    """
+
+    def __init__(self) -> None:
+        self._recordings: dict[tuple[int, int], Recording] = {}
+        self._buffers: dict[tuple[int, int], Tensor] = {}
+        self._current: Recording | None = None
+
+    def run_step(self, forward: Callable[[], Tensor], runner: Runner, *, num_tokens: int, cache: object) -> Tensor:
+        if num_tokens > _MAX_TOKENS:
+            return forward()
+        key = (num_tokens, id(cache))
+        known = self._recordings.get(key)
+        if known is None:
+            return self._record(key, forward, cache)
+        return known.replay(runner) if known.is_whole else forward()
+
+    def add(self, stage: StageStruct) -> None:
+        if self._current is not None:
+            self._current.stages.append(stage)
+
+    def give_up(self) -> None:
+        """Something outside the stages takes part in this step: it cannot be replayed."""
+        if self._current is not None:
+            self._current.is_whole = False
+
+    def allocate(self, kind: int, *, rows: int, width: int) -> Tensor:
+        """Room for a stage's result: new, or the recordings' own."""
+        if self._current is None:
+            return torch.empty(rows, width)
+        key = (kind, width)
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(_MAX_TOKENS, width)
+        return self._buffers[key][:rows]
+
+    def _record(self, key: tuple[int, int], forward: Callable[[], Tensor], cache: object) -> Tensor:
+        self._current = recording = Recording(cache)
+        try:
+            result = forward()
+        finally:
+            self._current = None
+        recording.finish(result)
+        self._recordings[key] = recording
+        return result

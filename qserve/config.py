@@ -52,4 +52,5 @@ class ServerConfig:
     port: int = option(8000, "port to listen on; 0 takes a free one")
     served_model_name: str = option("", "name clients ask for; by default the directory's or the repository's name")
     drain_seconds: float = option(30.0, "on SIGTERM, how long running requests may take to finish")
+    max_body_mb: int = option(16, "largest request body that is taken, in MiB")
     api_key: tuple[str, ...] = option((), "a key clients must send; may be given several times")

@@ -1,0 +1,187 @@
+"""From a checked request to its answer, streamed or whole; both are made of the same deltas.
+
+`completions.py` and `chat.py` make the plans.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive
+
+from qserve.api.logprobs import LogprobWriter
+from qserve.api.protocol import GenerationRequest
+from qserve.api.stream import Envelope, EventStream, StreamForm, UsageCounter, write_frames
+from qserve.llm import LLM, Generation, GenerationOptions, Prompt, ScoredToken, TextDelta, merge
+
+_T = TypeVar("_T")
+_SEEDS = 2**63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """An answer that is about to be made: everything is checked and nothing is started."""
+
+    llm: LLM
+    wanted: GenerationRequest
+    is_chat: bool
+    prompts: Sequence[Prompt]
+    options: Sequence[GenerationOptions]  # one a prompt
+    num_samples: int  # generations a prompt; the best `wanted.n` of them are returned
+    logprobs: LogprobWriter | None
+
+    def start(self, held: ExitStack) -> list[Generation]:
+        """A generation for every sample of every prompt, in the order of OpenAI's choice index."""
+        return [
+            held.enter_context(self.llm.start(prompt, _for_sample(options, number)))
+            for prompt, options in zip(self.prompts, self.options, strict=True)
+            for number in range(self.num_samples)
+        ]
+
+    def envelope(self, *, is_stream: bool) -> Envelope:
+        """The answer's id and the rest of what every part of it carries."""
+        kind = "text_completion"
+        if self.is_chat:
+            kind = "chat.completion.chunk" if is_stream else "chat.completion"
+        prefix = "chatcmpl" if self.is_chat else "cmpl"
+        return Envelope(
+            id=f"{prefix}-{uuid.uuid4().hex}", kind=kind, created=int(time.time()), model=self.llm.info.name
+        )
+
+    def count_usage(self) -> UsageCounter:
+        lengths = [len(prompt.ids) for prompt in self.prompts]
+        return UsageCounter(lengths, num_choices=len(lengths) * self.num_samples)
+
+    def write_logprobs(self, tokens: Sequence[ScoredToken]) -> object:
+        if self.logprobs is None or not tokens:
+            return None
+        return self.logprobs.chat(tokens) if self.is_chat else self.logprobs.completion(tokens)
+
+
+@dataclass(slots=True)
+class _Collected:
+    """One generation, whole."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[ScoredToken] = field(default_factory=list)
+    prompt_logprobs: list[ScoredToken] = field(default_factory=list)
+    last: TextDelta = field(default_factory=lambda: TextDelta(text=""))
+
+    def add(self, delta: TextDelta) -> None:
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        self.prompt_logprobs += delta.prompt_logprobs
+        self.last = delta
+
+    @property
+    def mean_logprob(self) -> float:
+        """What the best of several is chosen by, as OpenAI does."""
+        return sum(token.logprobs[0].logprob for token in self.logprobs) / max(len(self.logprobs), 1)
+
+
+async def answer(request: Request, plan: Plan, *, unknown_fields: Sequence[str]) -> Response:
+    """Starts what was planned. Errors up to here have a status; later ones in a stream are frames."""
+    headers = {"x-qserve-ignored-fields": _as_header(unknown_fields)} if unknown_fields else {}
+    with ExitStack() as held:
+        generations = plan.start(held)
+        if plan.wanted.stream:
+            return EventStream(_stream(plan, generations), held.pop_all(), headers)
+        return JSONResponse(await _unless_gone(request.receive, _collect(plan, generations)), headers=headers)
+
+
+def _stream(plan: Plan, generations: Sequence[Generation]) -> AsyncIterator[bytes]:
+    asked = plan.wanted.stream_options
+    form = StreamForm(
+        envelope=plan.envelope(is_stream=True),
+        is_chat=plan.is_chat,
+        write_logprobs=plan.write_logprobs,
+        with_usage=asked is not None and asked.include_usage,
+        with_running_usage=asked is not None and asked.include_usage and asked.continuous_usage_stats,
+        with_token_ids=plan.wanted.return_token_ids,
+    )
+    return write_frames(generations, form, plan.count_usage())
+
+
+async def _collect(plan: Plan, generations: Sequence[Generation]) -> dict[str, Any]:
+    collected = [_Collected() for _ in generations]
+    usage = plan.count_usage()
+    async for index, delta in merge(generations):
+        collected[index].add(delta)
+        usage.take(index, delta)
+    chosen = [(prompt, one) for prompt, some in _by_prompt(plan, collected) for one in some]
+    envelope = plan.envelope(is_stream=False)
+    return {
+        "id": envelope.id,
+        "object": envelope.kind,
+        "created": envelope.created,
+        "model": envelope.model,
+        "choices": [_write_choice(plan, index, prompt, one) for index, (prompt, one) in enumerate(chosen)],
+        "usage": usage.report(),
+    }
+
+
+def _by_prompt(plan: Plan, collected: Sequence[_Collected]) -> Iterator[tuple[Prompt, list[_Collected]]]:
+    """Each prompt's samples, or the best of them when more were made than are returned."""
+    for number, prompt in enumerate(plan.prompts):
+        samples = list(collected[number * plan.num_samples : (number + 1) * plan.num_samples])
+        if plan.num_samples > plan.wanted.n:
+            samples.sort(key=lambda sample: sample.mean_logprob, reverse=True)
+        yield prompt, samples[: plan.wanted.n]
+
+
+def _write_choice(plan: Plan, index: int, prompt: Prompt, one: _Collected) -> dict[str, Any]:
+    echoed = one.prompt_logprobs if plan.options[0].echo else []
+    choice: dict[str, Any] = {"index": index}
+    if plan.is_chat:
+        choice["message"] = {"role": "assistant", "content": one.text, "refusal": None}
+    else:
+        choice["text"] = one.text
+    choice["logprobs"] = plan.write_logprobs(echoed + one.logprobs)
+    choice["finish_reason"] = one.last.finish_reason
+    choice["stop_reason"] = one.last.stop_reason
+    if plan.wanted.prompt_logprobs is not None:
+        writer = LogprobWriter(plan.llm.tokenizer, num_top=plan.wanted.prompt_logprobs, as_token_ids=False)
+        choice["prompt_logprobs"] = writer.prompt(one.prompt_logprobs)
+    if plan.wanted.return_token_ids:
+        choice |= {"token_ids": one.token_ids, "prompt_token_ids": list(prompt.ids)}
+    return choice
+
+
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
+    """The work's result, unless the client goes away first; the body must have been read."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_wait_until_gone(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _wait_until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _for_sample(options: GenerationOptions, number: int) -> GenerationOptions:
+    """Samples of one prompt differ by their seeds, so that each can be made again."""
+    seed = options.sampling.seed
+    if seed is None or number == 0:
+        return options
+    return replace(options, sampling=replace(options.sampling, seed=(seed + number + _SEEDS) % (2 * _SEEDS) - _SEEDS))
+
+
+def _as_header(names: Sequence[str]) -> str:
+    """Field names as a header may carry them, and not too many."""
+    return ", ".join(name[:40].encode("ascii", "backslashreplace").decode() for name in names[:10]).replace("\n", " ")

@@ -1,0 +1,61 @@
+"""The ASGI application: which path is answered by what, and what every request passes through first."""
+
+from sse_starlette.sse import AppStatus
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
+from starlette.routing import Route
+
+from qserve.api import routes
+from qserve.api.chat import chat_completions
+from qserve.api.completions import completions
+from qserve.api.errors import answer_http, answer_nobody, answer_ours, answer_unexpected
+from qserve.api.middleware import ApiKey, BodyLimit, RequestId
+from qserve.api.service import Service
+from qserve.config import ServerConfig
+from qserve.errors import QserveError
+
+_ROUTES = [
+    Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    Route("/v1/models", routes.list_models),
+    Route("/v1/models/{name:path}", routes.show_model),
+    *[
+        route
+        for prefix in ("", "/v1")
+        for route in (
+            Route(f"{prefix}/tokenize", routes.tokenize, methods=["POST"]),
+            Route(f"{prefix}/detokenize", routes.detokenize, methods=["POST"]),
+            Route(f"{prefix}/tokenizer_info", routes.tokenizer_info),
+        )
+    ],
+    Route("/health", routes.health),
+    Route("/ready", routes.ready),
+    Route("/metrics", routes.metrics),
+    Route("/version", routes.version),
+]
+
+
+def make_app(service: Service, config: ServerConfig) -> Starlette:
+    """The application over a service that may still be loading its model."""
+    # sse-starlette hooks itself into uvicorn's exit and would cut every stream at once on SIGTERM. Streams end when
+    # the engine has drained, so its hook is switched off.
+    AppStatus.enable_automatic_graceful_drain = False
+    app = Starlette(
+        routes=_ROUTES,
+        middleware=[
+            Middleware(RequestId),
+            Middleware(ApiKey, keys=config.api_key),
+            Middleware(BodyLimit, max_bytes=config.max_body_mb * 2**20),
+        ],
+        exception_handlers={
+            QserveError: answer_ours,
+            HTTPException: answer_http,
+            ClientDisconnect: answer_nobody,
+            Exception: answer_unexpected,
+        },
+    )
+    app.state.service = service
+    app.router.redirect_slashes = False
+    return app

@@ -1,0 +1,66 @@
+"""/v1/chat/completions: messages, through the model's own template, answered."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from qserve.api.answer import Plan, answer
+from qserve.api.logprobs import LogprobWriter
+from qserve.api.protocol import ChatMessage, ChatRequest, parse
+from qserve.api.service import Service
+from qserve.llm import LLM, Prompt
+
+
+async def chat_completions(request: Request) -> Response:
+    service: Service = request.app.state.service
+    wanted, unknown = parse(ChatRequest, await request.body())
+    plan = await asyncio.to_thread(_plan, service.find(wanted.model), wanted)
+    return await answer(request, plan, unknown_fields=unknown)
+
+
+def render_messages(
+    llm: LLM,
+    messages: Sequence[ChatMessage],
+    *,
+    add_generation_prompt: bool | None,
+    continue_final_message: bool,
+    variables: Mapping[str, Any],
+) -> Prompt:
+    """The prompt of a chat. By default the template opens an answer, unless the final message is to be continued."""
+    return llm.apply_template(
+        [{**message.model_dump(exclude_unset=True), "content": message.content} for message in messages],
+        add_generation_prompt=not continue_final_message if add_generation_prompt is None else add_generation_prompt,
+        continue_final_message=continue_final_message,
+        variables=variables,
+    )
+
+
+def _plan(llm: LLM, wanted: ChatRequest) -> Plan:
+    prompt = render_messages(
+        llm,
+        wanted.messages,
+        add_generation_prompt=wanted.add_generation_prompt,
+        continue_final_message=wanted.continue_final_message,
+        variables=wanted.chat_template_kwargs,
+    )
+    if wanted.truncate_prompt_tokens is not None:
+        prompt = Prompt(ids=prompt.ids[-wanted.truncate_prompt_tokens :])
+    num_top = (wanted.top_logprobs or 0) if wanted.logprobs else None
+    sampling = wanted.sampling(
+        max_tokens=llm.room_for(prompt, wanted.token_limit), logprobs=num_top, prompt_logprobs=wanted.prompt_logprobs
+    )
+    writer = None
+    if num_top is not None:
+        writer = LogprobWriter(llm.tokenizer, num_top=num_top, as_token_ids=wanted.return_tokens_as_token_ids)
+    return Plan(
+        llm=llm,
+        wanted=wanted,
+        is_chat=True,
+        prompts=[prompt],
+        options=[wanted.options(sampling)],
+        num_samples=wanted.n,
+        logprobs=writer,
+    )

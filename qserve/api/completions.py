@@ -1,0 +1,61 @@
+"""/v1/completions: prompts as text or as ids, continued."""
+
+import asyncio
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from qserve.api.answer import Plan, answer
+from qserve.api.logprobs import LogprobWriter
+from qserve.api.protocol import CompletionRequest, parse
+from qserve.api.service import Service
+from qserve.llm import LLM, GenerationOptions, Prompt
+
+
+async def completions(request: Request) -> Response:
+    service: Service = request.app.state.service
+    wanted, unknown = parse(CompletionRequest, await request.body())
+    # In a thread: a long prompt takes long to encode, and streams must not stand still for it.
+    plan = await asyncio.to_thread(_plan, service.find(wanted.model), wanted)
+    return await answer(request, plan, unknown_fields=unknown)
+
+
+def _plan(llm: LLM, wanted: CompletionRequest) -> Plan:
+    prompts = [_make_prompt(llm, wanted, prompt) for prompt in wanted.prompt]
+    return Plan(
+        llm=llm,
+        wanted=wanted,
+        is_chat=False,
+        prompts=prompts,
+        options=[_make_options(llm, wanted, prompt) for prompt in prompts],
+        num_samples=wanted.best_of or wanted.n,
+        logprobs=_make_writer(llm, wanted),
+    )
+
+
+def _make_prompt(llm: LLM, wanted: CompletionRequest, given: str | list[int]) -> Prompt:
+    if isinstance(given, str):
+        prompt = llm.encode(given, add_special_tokens=wanted.add_special_tokens)
+    else:
+        prompt = llm.check_ids(given)
+    limit = wanted.truncate_prompt_tokens
+    return prompt if limit is None or len(prompt.ids) <= limit else Prompt(ids=prompt.ids[-limit:])
+
+
+def _make_options(llm: LLM, wanted: CompletionRequest, prompt: Prompt) -> GenerationOptions:
+    logprobs = wanted.logprobs
+    if logprobs is None and wanted.best_of is not None:
+        logprobs = 0  # the best are found by them
+    asked = [wanted.prompt_logprobs, wanted.logprobs if wanted.echo else None]
+    sampling = wanted.sampling(
+        max_tokens=llm.room_for(prompt, wanted.max_tokens),
+        logprobs=logprobs,
+        prompt_logprobs=max((number for number in asked if number is not None), default=None),
+    )
+    return wanted.options(sampling, echo=wanted.echo)
+
+
+def _make_writer(llm: LLM, wanted: CompletionRequest) -> LogprobWriter | None:
+    if wanted.logprobs is None:
+        return None
+    return LogprobWriter(llm.tokenizer, num_top=wanted.logprobs, as_token_ids=wanted.return_tokens_as_token_ids)

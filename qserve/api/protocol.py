@@ -1,0 +1,342 @@
+"""What clients may send: every field of every request, its type and its bounds. Past this module no JSON travels.
+
+`null` means "not given". A field that nobody knows is ignored, and named in a response header. A field that OpenAI or
+vLLM has and that is not served here is refused, unless its value asks for nothing.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, from_json
+
+from qserve.engine.request import SamplingParams
+from qserve.errors import InvalidRequest
+from qserve.llm import GenerationOptions
+
+_LONGEST_ECHO = 80
+_MAX_PROMPTS = 1024
+_MAX_STOPS = 64
+_MAX_STOP_LENGTH = 1000
+
+# Values that ask for nothing, of fields that are not served: they may be sent, anything else is refused.
+_Neutral = tuple[Any, ...]
+_NOT_SERVED_ANYWHERE: dict[str, _Neutral] = {
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "cache_salt": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "kv_transfer_params": (),
+    "length_penalty": (1, 1.0),
+    "logits_processors": ([],),
+    "logprob_token_ids": (),
+    "repetition_detection": (),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "thinking_token_budget": (),
+    "top_n_sigma": (),
+    "typical_p": (1, 1.0),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+}
+_NOT_SERVED_IN_COMPLETIONS: dict[str, _Neutral] = {**_NOT_SERVED_ANYWHERE, "suffix": ("",)}
+_NOT_SERVED_IN_CHAT: dict[str, _Neutral] = {
+    **_NOT_SERVED_ANYWHERE,
+    "add_special_tokens": (False,),
+    "audio": (),
+    "chat_template": (),
+    "documents": ([],),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+# Fields that only name the caller or his bookkeeping; no answer could depend on them.
+_BOOKKEEPING = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "session_id",
+        "user",
+    }
+)
+
+
+class _Wire(BaseModel):
+    """A JSON object of a request."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+    not_served: ClassVar[Mapping[str, _Neutral]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: item for name, item in value.items() if item is not None}
+        return value
+
+
+def _check_prompt(value: Any) -> Any:
+    """OpenAI's four forms: a string, strings, token ids, lists of token ids; always returned as a list of prompts."""
+    prompts = value if isinstance(value, list) and value and isinstance(value[0], str | list) else [value]
+    if len(prompts) > _MAX_PROMPTS:
+        raise ValueError(f"at most {_MAX_PROMPTS} prompts are taken, not {len(prompts)}")
+    kind = type(prompts[0])
+    for prompt in prompts:
+        if type(prompt) is not kind or not (isinstance(prompt, str) or _is_id_list(prompt)):
+            raise ValueError("expected a string, a list of strings, a list of token ids, or a list of such lists")
+    return prompts
+
+
+def _is_id_list(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _check_stop(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError("expected a string or a list of strings")
+    if len(stops) > _MAX_STOPS or any(not 0 < len(stop) <= _MAX_STOP_LENGTH for stop in stops):
+        raise ValueError(f"at most {_MAX_STOPS} stop strings are taken, each of 1 to {_MAX_STOP_LENGTH} characters")
+    return stops
+
+
+def _check_bias(value: Any) -> Any:
+    """OpenAI writes token ids as strings here, for JSON has no other keys."""
+    if not isinstance(value, dict) or not all(key.isdecimal() and len(key) < 12 for key in value):
+        raise ValueError("expected an object from token ids to numbers")
+    return {int(key): bias for key, bias in value.items()}
+
+
+class StreamOptions(_Wire):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class GenerationRequest(_Wire):
+    """What completions and chat share."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = Field(1, ge=1, le=128)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, ge=0, le=1)
+    top_k: int = Field(0, ge=-1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_check_bias)] = {}
+    stop: Annotated[list[str], BeforeValidator(_check_stop)] = []
+    stop_token_ids: list[int] = []
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = Field(0, ge=0)
+    skip_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = Field(None, ge=1)
+    prompt_logprobs: int | None = Field(None, ge=0, le=20)
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    priority: int = Field(0, ge=-(2**31), lt=2**31)
+
+    @model_validator(mode="after")
+    def _check_streaming(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options needs stream to be true.", param="stream_options")
+        if self.stream and self.prompt_logprobs is not None:
+            raise InvalidRequest("prompt_logprobs cannot be streamed.", param="prompt_logprobs")
+        return self
+
+    def sampling(self, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
+        if self.min_tokens > max_tokens:
+            raise InvalidRequest(
+                f"min_tokens is {self.min_tokens}, more than the {max_tokens} tokens that may be made.",
+                param="min_tokens",
+            )
+        return SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=self.logit_bias,
+            seed=self.seed,
+            stop_token_ids=frozenset(self.stop_token_ids),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def options(self, sampling: SamplingParams, *, echo: bool = False) -> GenerationOptions:
+        return GenerationOptions(
+            sampling=sampling,
+            stop=tuple(self.stop),
+            include_stop=self.include_stop_str_in_output,
+            ignore_eos=self.ignore_eos,
+            skip_special_tokens=self.skip_special_tokens,
+            echo=echo,
+            priority=self.priority,
+        )
+
+
+class CompletionRequest(GenerationRequest):
+    not_served = _NOT_SERVED_IN_COMPLETIONS
+
+    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_check_prompt)]
+    max_tokens: int = Field(16, ge=0)
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=20)
+    best_of: int | None = Field(None, ge=1, le=128)
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> Self:
+        if self.best_of is not None and self.best_of < self.n:
+            raise InvalidRequest(f"best_of is {self.best_of}, less than n, {self.n}.", param="best_of")
+        if self.best_of is not None and self.best_of > self.n and self.stream:
+            raise InvalidRequest("best_of cannot be streamed: the best is known only at the end.", param="best_of")
+        return self
+
+
+class _TextPart(_Wire):
+    type: str
+    text: str = ""
+
+
+def _join_parts(value: Any) -> Any:
+    """Content in parts, as one text: models that read text see it as if it had been sent so."""
+    if not isinstance(value, list):
+        return value
+    parts = [_TextPart.model_validate(part) for part in value]
+    other = next((part.type for part in parts if part.type != "text"), None)
+    if other is not None:
+        raise ValueError(f"this model reads text alone: a content part of type {other[:_LONGEST_ECHO]!r} was sent")
+    return "\n".join(part.text for part in parts)
+
+
+class ChatMessage(_Wire):
+    """A message; the template sees its other fields too (`name`, `tool_calls`, `tool_call_id`, ...)."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    role: str = Field(min_length=1, max_length=100)
+    content: Annotated[str | None, BeforeValidator(_join_parts)] = None
+
+
+class ChatRequest(GenerationRequest):
+    not_served = _NOT_SERVED_IN_CHAT
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=0)
+    max_completion_tokens: int | None = Field(None, ge=0)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    add_generation_prompt: bool | None = None  # by default, unless the final message is to be continued
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
+        if self.continue_final_message and self.add_generation_prompt:
+            message = "continue_final_message and add_generation_prompt cannot both be true."
+            raise InvalidRequest(message, param="continue_final_message")
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        """The newer name of the two goes first."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class TokenizeRequest(_Wire):
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] = []
+    add_special_tokens: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.prompt is None) == (not self.messages):
+            raise InvalidRequest("Send either prompt or messages.", param="prompt")
+        return self
+
+
+class DetokenizeRequest(_Wire):
+    model: str | None = None
+    tokens: list[int]
+    skip_special_tokens: bool = False
+
+
+T = TypeVar("T", bound=_Wire)
+
+
+def parse(kind: type[T], body: bytes) -> tuple[T, list[str]]:
+    """A request of that kind from a body, and the names of the fields that nobody knows."""
+    try:
+        fields = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise InvalidRequest(f"The body must be a JSON object, not {type(fields).__name__}.")
+    _refuse_what_is_not_served(kind, fields)
+    try:
+        request = kind.model_validate(fields)
+    except ValidationError as error:
+        raise _as_invalid_request(error.errors(include_url=False)[0]) from error
+    known = kind.model_fields.keys() | kind.not_served.keys() | _BOOKKEEPING
+    return request, sorted(fields.keys() - known)
+
+
+def _refuse_what_is_not_served(kind: type[_Wire], fields: Mapping[str, Any]) -> None:
+    for name, neutral in kind.not_served.items():
+        value = fields.get(name)
+        if value is not None and value not in neutral:
+            raise InvalidRequest(f"{name} is not supported by this server; leave it out.", param=name)
+
+
+def _as_invalid_request(details: ErrorDetails) -> InvalidRequest:
+    """pydantic's first complaint in one line, with the field's name as OpenAI writes it: messages[0].content."""
+    path = [step for step in details["loc"] if not str(step).startswith(("function-", "list["))]
+    param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
+    message = details["msg"].removeprefix("Value error, ")
+    if details["type"] == "missing":
+        return InvalidRequest(f"{param} is required.", param=param)
+    return InvalidRequest(f"{param}: {message} (it was {_echo(details['input'])})", param=param)
+
+
+def _echo(value: Any) -> str:
+    """What was sent, cut short: a large body must not come back as a larger one."""
+    if isinstance(value, list | dict):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    text = repr(value[:_LONGEST_ECHO] if isinstance(value, str) else value)
+    return text if len(text) <= _LONGEST_ECHO else text[:_LONGEST_ECHO] + "..."

@@ -1,0 +1,102 @@
+"""The endpoints that generate nothing: models, tokens, and the server's own state."""
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from qserve import __version__
+from qserve.api.chat import render_messages
+from qserve.api.protocol import DetokenizeRequest, TokenizeRequest, parse
+from qserve.api.service import Service
+from qserve.errors import EngineDead
+from qserve.llm import LLM
+from qserve.metrics import CONTENT_TYPE
+
+
+async def health(request: Request) -> Response:
+    """Whether the process is worth keeping: yes while it loads, no when its engine has died."""
+    if not _service(request).is_alive:
+        raise EngineDead("The engine has stopped; the server's log tells why. It must be restarted.")
+    return JSONResponse({"status": "ok"})
+
+
+async def ready(request: Request) -> Response:
+    """Whether a request would be taken now."""
+    return JSONResponse({"status": "ready", "model": _service(request).llm.info.name})
+
+
+async def metrics(request: Request) -> Response:
+    return Response(_service(request).llm.metrics.render(), media_type=CONTENT_TYPE)
+
+
+async def version(request: Request) -> Response:
+    return JSONResponse({"version": __version__})
+
+
+async def list_models(request: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [_describe(_service(request).llm)]})
+
+
+async def show_model(request: Request) -> Response:
+    llm = _service(request).find(request.path_params["name"])
+    return JSONResponse({**_describe(llm), **llm.info.details})
+
+
+async def tokenize(request: Request) -> Response:
+    wanted, _ = parse(TokenizeRequest, await request.body())
+    llm = _service(request).find(wanted.model)
+    if wanted.prompt is not None:
+        ids = llm.tokenizer.encode(wanted.prompt, add_special_tokens=wanted.add_special_tokens)
+    else:
+        prompt = render_messages(
+            llm,
+            wanted.messages,
+            add_generation_prompt=wanted.add_generation_prompt,
+            continue_final_message=wanted.continue_final_message,
+            variables=wanted.chat_template_kwargs,
+        )
+        ids = list(prompt.ids)
+    written = [llm.tokenizer.id_to_token(token_id) for token_id in ids] if wanted.return_token_strs else None
+    return JSONResponse(
+        {"count": len(ids), "max_model_len": llm.info.max_model_len, "tokens": ids, "token_strs": written}
+    )
+
+
+async def detokenize(request: Request) -> Response:
+    wanted, _ = parse(DetokenizeRequest, await request.body())
+    llm = _service(request).find(wanted.model)
+    llm.check_vocabulary(wanted.tokens, param="tokens")
+    return JSONResponse({"prompt": llm.tokenizer.decode(wanted.tokens, skip_special_tokens=wanted.skip_special_tokens)})
+
+
+async def tokenizer_info(request: Request) -> Response:
+    """What lm-evaluation-harness asks of a remote tokenizer."""
+    llm = _service(request).llm
+    special = llm.tokenizer.special
+    return JSONResponse(
+        {
+            "bos_token": special.bos,
+            "eos_token": special.eos,
+            "pad_token": special.pad,
+            "vocab_size": llm.info.vocabulary_size,
+            "model_max_length": llm.info.max_model_len,
+            "chat_template": None if llm.template is None else llm.template.source,
+        }
+    )
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def _describe(llm: LLM) -> dict[str, Any]:
+    info = llm.info
+    return {
+        "id": info.name,
+        "object": "model",
+        "created": info.created,
+        "owned_by": "qserve",
+        "max_model_len": info.max_model_len,
+    }

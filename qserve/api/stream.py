@@ -1,0 +1,133 @@
+r"""Server-sent events as OpenAI's clients read them.
+
+Frames end in "\n\n" (some clients split on exactly that), hold ASCII alone, and no comment stands between them. What
+is the same in every frame of a choice is written once; a frame then costs the text's own quoting and a join.
+"""
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass
+
+from sse_starlette import EventSourceResponse
+from starlette.types import Receive, Scope, Send
+
+from qserve.api.errors import error_frame
+from qserve.api.logprobs import to_json
+from qserve.errors import QserveError
+from qserve.llm import Generation, ScoredToken, TextDelta, merge
+
+_DONE = b"data: [DONE]\n\n"
+
+
+class EventStream(EventSourceResponse):
+    """A response of frames that are already encoded. However it ends, what it holds is let go."""
+
+    def __init__(self, frames: AsyncIterator[bytes], held: ExitStack, headers: Mapping[str, str]) -> None:
+        super().__init__(frames, headers=headers, ping=0, sep="\n")
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held:
+            await super().__call__(scope, receive, send)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Envelope:
+    """What all frames and the whole answer have in common."""
+
+    id: str
+    kind: str  # OpenAI calls it object
+    created: int
+    model: str
+
+
+class UsageCounter:
+    """Tokens so far over all choices of an answer; a prompt counts once, however many choices it has."""
+
+    def __init__(self, prompt_lengths: Sequence[int], *, num_choices: int) -> None:
+        self._num_prompt_tokens = sum(prompt_lengths)
+        self._num_output_tokens = [0] * num_choices
+        self._num_cached_tokens = [0] * len(prompt_lengths)
+        self._choices_per_prompt = num_choices // len(prompt_lengths)
+
+    def take(self, index: int, delta: TextDelta) -> None:
+        self._num_output_tokens[index] = delta.num_output_tokens
+        if index % self._choices_per_prompt == 0:
+            self._num_cached_tokens[index // self._choices_per_prompt] = delta.num_cached_tokens
+
+    def report(self) -> dict[str, object]:
+        completion = sum(self._num_output_tokens)
+        return {
+            "prompt_tokens": self._num_prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": self._num_prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(self._num_cached_tokens)},
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamForm:
+    """How one answer is streamed: completions or chat, and what each frame tells."""
+
+    envelope: Envelope
+    is_chat: bool
+    write_logprobs: Callable[[Sequence[ScoredToken]], object]  # None where none were asked for
+    with_usage: bool
+    with_running_usage: bool
+    with_token_ids: bool
+
+
+async def write_frames(
+    generations: Sequence[Generation], form: StreamForm, usage: UsageCounter
+) -> AsyncIterator[bytes]:
+    """Every frame of an answer, the closing one always among them."""
+    writer = _FrameWriter(form, num_choices=len(generations))
+    try:
+        async with aclosing(merge(generations)) as deltas:
+            async for index, delta in deltas:
+                usage.take(index, delta)
+                yield writer.choice(index, delta, usage)
+        if form.with_usage:
+            yield writer.usage(usage)
+    except QserveError as error:
+        yield error_frame(error)
+    yield _DONE
+
+
+class _FrameWriter:
+    def __init__(self, form: StreamForm, *, num_choices: int) -> None:
+        envelope = form.envelope
+        head = {"id": envelope.id, "object": envelope.kind, "created": envelope.created, "model": envelope.model}
+        self._form = form
+        self._head = "data: " + to_json(head)[:-1] + ',"choices":['
+        self._is_first = [True] * num_choices
+
+    def choice(self, index: int, delta: TextDelta, usage: UsageCounter) -> bytes:
+        form = self._form
+        # An echoed prompt is scored with the first text.
+        logprobs = to_json(form.write_logprobs(delta.prompt_logprobs + delta.logprobs))
+        finish = "null" if delta.finish_reason is None else f'"{delta.finish_reason}"'
+        text = self._chat_text(index, delta) if form.is_chat else f'"text":{to_json(delta.text)}'
+        parts = [self._head, f'{{"index":{index},', text, f',"logprobs":{logprobs},"finish_reason":{finish}']
+        if delta.finish_reason is not None:
+            parts.append(f',"stop_reason":{to_json(delta.stop_reason)}')
+        if form.with_token_ids:
+            parts.append(f',"token_ids":{to_json(delta.token_ids)}')
+        parts.append("}]")
+        if form.with_running_usage:
+            parts.append(f',"usage":{to_json(usage.report())}')
+        elif form.with_usage:
+            parts.append(',"usage":null')
+        parts.append("}\n\n")
+        self._is_first[index] = False
+        return "".join(parts).encode()
+
+    def usage(self, usage: UsageCounter) -> bytes:
+        """The last frame before the end: no choices, only what was used."""
+        return f'{self._head}],"usage":{to_json(usage.report())}}}\n\n'.encode()
+
+    def _chat_text(self, index: int, delta: TextDelta) -> str:
+        """The role comes once, with the first text; an end without text is an empty delta."""
+        if self._is_first[index]:
+            return f'"delta":{{"role":"assistant","content":{to_json(delta.text)}}}'
+        return f'"delta":{{"content":{to_json(delta.text)}}}' if delta.text else '"delta":{}'

@@ -1,0 +1,168 @@
+"""The bill of materials: from a path and the configs to a running LLM. The only module that sees every package.
+
+It assembles and decides nothing that a part could decide itself.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qserve.checkpoint.contents import Checkpoint
+from qserve.checkpoint.detect import detect
+from qserve.checkpoint.load import open_weights
+from qserve.config import DeviceConfig, EngineConfig, ServerConfig
+from qserve.device.architectures import read_spec
+from qserve.device.decoder import load_decoder
+from qserve.device.kv_cache import block_bytes, make_cache
+from qserve.device.runner import Model, ModelRunner
+from qserve.engine.engine import Engine
+from qserve.engine.loop import EngineLoop
+from qserve.engine.scheduler import Scheduler
+from qserve.errors import NotACheckpoint, UnsupportedArchitecture, UsageError
+from qserve.kernels.ops import Ops
+from qserve.kernels.reference import ReferenceOps
+from qserve.llm import LLM, ModelInfo
+from qserve.metrics import Metrics
+from qserve.text.templates import load_chat_template
+from qserve.text.tokenizer import load_tokenizer
+
+_log = logging.getLogger(__name__)
+_WARM_UP_TOKENS = 64
+
+
+def build_llm(
+    path: Path,
+    *,
+    name: str = "",
+    server: ServerConfig | None = None,
+    engine: EngineConfig | None = None,
+    device: DeviceConfig | None = None,
+) -> LLM:
+    """Loads the checkpoint at `path` and starts its engine; `name` is what clients ask for if the config says nothing.
+
+    Raises ArtifactError for what is wrong with the files, UsageError for options that cannot be in force.
+    """
+    server, engine, device = server or ServerConfig(), engine or EngineConfig(), device or DeviceConfig()
+    clock = _Clock()
+    where = _choose_device(device)
+    torch.set_num_threads(device.threads or len(os.sched_getaffinity(0)))
+    with clock.measure("checkpoint"):
+        checkpoint = detect(path)
+        for warning in checkpoint.warnings:
+            _log.warning("%s", warning)
+    with clock.measure("tokenizer"):
+        tokenizer = load_tokenizer(checkpoint.home)
+        template = load_chat_template(checkpoint.home, tokenizer.special)
+    with clock.measure("kernels"):
+        ops = _make_ops(device, where)
+    with clock.measure("weights"):
+        limit = _max_model_len(checkpoint, engine)
+        model = _load_model(checkpoint, ops=ops, device=where, max_positions=limit)
+    with clock.measure("warm-up"):
+        runner = _make_runner(model, checkpoint, engine=engine, device=device, where=where)
+        runner.warm_up(max_tokens=min(_WARM_UP_TOKENS, engine.max_step_tokens))
+    served_as = server.served_model_name or name or path.resolve().name
+    limit = min(limit, runner.num_blocks * engine.block_size)
+    info = ModelInfo(
+        name=served_as,
+        max_model_len=limit,
+        vocabulary_size=model.vocab_size,
+        created=int(time.time()),
+        details={**_describe(checkpoint), "memory": {"weights": runner.memory.weights, "cache": runner.memory.cache}},
+    )
+    loop = EngineLoop(Engine(Scheduler(engine, runner.num_blocks), runner)).start()
+    metrics = Metrics(info.name, lambda: loop.stats)
+    _log.info("%s is loaded in %s; context %d tokens", info.name, clock.report(), limit)
+    return LLM(info=info, tokenizer=tokenizer, template=template, loop=loop, metrics=metrics)
+
+
+def find_checkpoint(model: str) -> Path:
+    """The directory of a model that is named by its path, or as ORG/NAME on the model hub."""
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    raise NotACheckpoint(f"{model} is neither a directory here nor ORG/NAME on the model hub.")
+
+
+class _Clock:
+    """Where the time of a start goes."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[part] = time.perf_counter() - start
+
+    def report(self) -> str:
+        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self._seconds.items())
+        return f"{sum(self._seconds.values()):.1f} s ({parts})"
+
+
+def _choose_device(config: DeviceConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda was asked for, but torch finds no CUDA device here. Leave it out for the CPU.")
+    return torch.device(config.device)
+
+
+def _make_ops(config: DeviceConfig, device: torch.device) -> Ops:
+    return ReferenceOps(device=device)
+
+
+def _load_model(checkpoint: Checkpoint, *, ops: Ops, device: torch.device, max_positions: int) -> Model:
+    spec = read_spec(checkpoint.config)
+    if spec is None:
+        raise UnsupportedArchitecture(f"{checkpoint.config['model_type']} cannot be run.")
+    return load_decoder(spec, open_weights(checkpoint), ops=ops, device=device, max_positions=max_positions)
+
+
+def _max_model_len(checkpoint: Checkpoint, config: EngineConfig) -> int:
+    own = int(checkpoint.config.get("max_position_embeddings") or 0)
+    if not own and not config.max_model_len:
+        raise UsageError(f"{checkpoint.path} does not tell how long its context is: give --max-model-len.")
+    if own and config.max_model_len > own:
+        raise UsageError(f"--max-model-len is {config.max_model_len}, but the model's own limit is {own}.")
+    return config.max_model_len or own
+
+
+def _make_runner(
+    model: Model, checkpoint: Checkpoint, *, engine: EngineConfig, device: DeviceConfig, where: torch.device
+) -> ModelRunner:
+    dtype = _cache_dtype(device, checkpoint)
+    size = block_bytes(model.cache_shapes, block_size=engine.block_size, dtype=dtype)
+    num_blocks = device.kv_cache_mb * 2**20 // size
+    if num_blocks < 2:
+        raise UsageError(
+            f"--kv-cache-mb {device.kv_cache_mb} holds {num_blocks} blocks of {size} bytes: at least 2 are needed."
+        )
+    cache = make_cache(
+        model.cache_shapes, num_blocks=num_blocks, block_size=engine.block_size, dtype=dtype, device=where
+    )
+    return ModelRunner(model, cache, device=where)
+
+
+def _cache_dtype(config: DeviceConfig, checkpoint: Checkpoint) -> torch.dtype:
+    if config.kv_cache_dtype == "auto":
+        return torch.bfloat16 if checkpoint.is_quantized else torch.float32
+    return torch.bfloat16 if config.kv_cache_dtype == "bfloat16" else torch.float32
+
+
+def _describe(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What GET /v1/models/{id} tells beyond OpenAI's fields; nothing of our paths."""
+    bytes_by_kind: dict[str, int] = {}
+    for tensor in checkpoint.tensors.values():
+        kind = tensor.class_name if tensor.is_quantized else str(tensor.dtype).removeprefix("torch.")
+        bytes_by_kind[kind] = bytes_by_kind.get(kind, 0) + tensor.num_bytes
+    return {
+        "recipe": checkpoint.recipe.name if checkpoint.recipe else None,
+        "model_type": checkpoint.config.get("model_type"),
+        "bytes": {"total": checkpoint.num_bytes, "by_kind": bytes_by_kind},
+    }

@@ -1,0 +1,130 @@
+"""A real server on a real socket, over a fake device or over a tiny model."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from qserve.api.app import make_app
+from qserve.api.service import Service
+from qserve.config import EngineConfig, ServerConfig
+from qserve.engine.engine import Engine
+from qserve.engine.loop import EngineLoop
+from qserve.engine.scheduler import Scheduler
+from qserve.llm import LLM, ModelInfo
+from qserve.metrics import Metrics
+from qserve.text.templates import load_chat_template
+from qserve.text.tokenizer import load_tokenizer
+from tests import tiny
+from tests.api.fake_runner import FakeRunner
+
+CONTEXT = 512
+
+
+@dataclass
+class Server:
+    """A running server and what the tests look at behind it."""
+
+    url: str
+    address: tuple[str, int]
+    llm: LLM
+    runner: FakeRunner
+
+    def wait_until_idle(self, seconds: float = 5) -> None:
+        """No request runs or waits and no block is held; fails when that does not come about."""
+        for _ in range(int(seconds * 200)):
+            stats = self.llm.loop.stats
+            if not (stats.num_running or stats.num_waiting or stats.num_held_blocks):
+                return
+            threading.Event().wait(0.005)
+        raise AssertionError(f"still busy: {self.llm.loop.stats}")
+
+    def wait_until_running(self, number: int = 1, seconds: float = 5) -> None:
+        for _ in range(int(seconds * 200)):
+            if self.llm.loop.stats.num_running >= number:
+                return
+            threading.Event().wait(0.005)
+        raise AssertionError(f"never ran: {self.llm.loop.stats}")
+
+
+def make_llm(directory: Path, *, engine: EngineConfig | None = None) -> tuple[LLM, FakeRunner]:
+    config = engine or EngineConfig(max_running=64, max_step_tokens=256)
+    runner = FakeRunner(tiny.VOCABULARY_SIZE)
+    loop = EngineLoop(Engine(Scheduler(config, num_blocks=2048), runner)).start()
+    tokenizer = load_tokenizer(directory)
+    llm = LLM(
+        info=ModelInfo(
+            name="tiny",
+            max_model_len=CONTEXT,
+            vocabulary_size=tiny.VOCABULARY_SIZE,
+            created=1700000000,
+            details={"recipe": "none"},
+        ),
+        tokenizer=tokenizer,
+        template=load_chat_template(directory, tokenizer.special),
+        loop=loop,
+        metrics=Metrics("tiny", lambda: loop.stats),
+    )
+    return llm, runner
+
+
+@contextmanager
+def listening(service: Service, config: ServerConfig | None = None) -> Iterator[tuple[str, int]]:
+    """uvicorn in a thread, on a free port."""
+    app = make_app(service, config or ServerConfig())
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=5))
+    with socket.create_server(("127.0.0.1", 0), backlog=256) as sock:
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])))
+        thread.start()
+        try:
+            yield sock.getsockname()
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@contextmanager
+def serving(
+    directory: Path, *, engine: EngineConfig | None = None, config: ServerConfig | None = None
+) -> Iterator[Server]:
+    llm, runner = make_llm(directory, engine=engine)
+    try:
+        with listening(Service(llm), config) as address:
+            yield Server(f"http://{address[0]}:{address[1]}", address, llm, runner)
+    finally:
+        runner.gate.set()
+        llm.close()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    tiny.make_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def shared_server(tokenizer_directory: Path) -> Iterator[Server]:
+    with serving(tokenizer_directory) as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared_server: Server) -> Iterator[Server]:
+    """One server for all tests; each leaves it idle, with every block free."""
+    yield replace(shared_server)
+    shared_server.runner.gate.set()
+    shared_server.wait_until_idle()
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        yield client

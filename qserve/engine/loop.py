@@ -196,11 +196,10 @@ class EngineLoop:
         for event in events:
             mailbox = self._mailboxes[event.request_id]
             posts.setdefault(mailbox.event_loop, []).append((mailbox, event))
+        # First the place, then the news: who hears that a request has ended may submit the next at once.
+        self._forget([event.request_id for event in events if event.finish_reason])
         for event_loop, batch in posts.items():
             self._post(event_loop, batch)
-        finished = [event.request_id for event in events if event.finish_reason]
-        if finished:
-            self._forget(finished)
 
     def _post(self, event_loop: asyncio.AbstractEventLoop, batch: list[tuple[_Mailbox, Item]]) -> None:
         try:
@@ -210,6 +209,8 @@ class EngineLoop:
                 self.abort(mailbox.request_id)
 
     def _forget(self, request_ids: list[str]) -> None:
+        if not request_ids:
+            return
         with self._changed:
             for request_id in request_ids:
                 del self._mailboxes[request_id]

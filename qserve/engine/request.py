@@ -138,8 +138,8 @@ class Sampled:
 
     `token_id` is None when the chunk was not its request's last. `logprobs` starts with the chosen token and goes on
     with the most likely ones, best first (the chosen one among them again when it is one of them).
-    `prompt_logprobs` has one such tuple for each prompt position in [start + 1, min(end + 1, num_prompt_tokens)), as the
-    logits of position p speak of position p + 1; it is empty where the request does not ask for them.
+    `prompt_logprobs` has one such tuple for each prompt position in [start + 1, min(end + 1, num_prompt_tokens)), since
+    the logits of position p speak of position p + 1; it is empty where the request does not ask for them.
     """
 
     token_id: int | None

@@ -1,0 +1,77 @@
+"""A device of ten lines: what it stores at a position depends on all that stands before, as keys and values do.
+
+The next token is a hash of all that the cache says. A wrong block, one overwritten too early or a position never
+computed changes the text, so every schedule must give what `expected_tokens` gives, which knows no blocks.
+"""
+
+from itertools import accumulate
+from zlib import crc32
+
+from qserve.engine.request import Chunk, FinishReason, Request, Sampled, SamplingParams, TokenLogprob
+
+VOCABULARY_SIZE = 13
+
+
+def store(before: int, token_id: int) -> int:
+    return crc32(bytes([token_id]), before)
+
+
+def sample(cells: list[int]) -> int:
+    return crc32(repr(cells).encode()) % VOCABULARY_SIZE
+
+
+def next_token(token_ids: list[int]) -> int:
+    return sample(list(accumulate(token_ids, store, initial=0))[1:])
+
+
+def prompt_logprob(token_ids: list[int], position: int) -> tuple[TokenLogprob, ...]:
+    return (TokenLogprob(token_ids[position], -float(next_token(token_ids[:position])), 1),)
+
+
+class FakeDevice:
+    """Stores all chunks and then reads, or goes chunk by chunk; both are allowed to a Runner."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, is_batched: bool = True) -> None:
+        self.block_size = block_size
+        self.is_batched = is_batched
+        self.cache = [-1] * (num_blocks * block_size)
+        self.steps: list[list[tuple[str, int, int]]] = []
+
+    def run(self, chunks: list[Chunk]) -> list[Sampled]:
+        self.steps.append([(chunk.request.id, chunk.start, chunk.end) for chunk in chunks])
+        batches = [chunks] if self.is_batched else [[chunk] for chunk in chunks]
+        return [sampled for batch in batches for sampled in self._run_batch(batch)]
+
+    def _run_batch(self, chunks: list[Chunk]) -> list[Sampled]:
+        for chunk in chunks:
+            for position in range(chunk.start, chunk.end):
+                before = self.cache[self._slot(chunk, position - 1)] if position else 0
+                self.cache[self._slot(chunk, position)] = store(before, chunk.request.token_ids[position])
+        return [self._sample(chunk) for chunk in chunks]
+
+    def _sample(self, chunk: Chunk) -> Sampled:
+        request = chunk.request
+        cells = [self.cache[self._slot(chunk, position)] for position in range(chunk.end)]
+        is_scored = request.params.prompt_logprobs is not None
+        scored = range(chunk.start + 1, min(chunk.end + 1, request.num_prompt_tokens)) if is_scored else ()
+        return Sampled(
+            token_id=sample(cells) if chunk.is_last else None,
+            prompt_logprobs=tuple((TokenLogprob(request.token_ids[p], -float(sample(cells[:p])), 1),) for p in scored),
+        )
+
+    def _slot(self, chunk: Chunk, position: int) -> int:
+        return chunk.block_ids[position // self.block_size] * self.block_size + position % self.block_size
+
+
+def expected_tokens(prompt_ids: list[int], params: SamplingParams) -> tuple[list[int], FinishReason]:
+    """The oracle: one request, one token at a time."""
+    output: list[int] = []
+    while len(output) < params.max_tokens:
+        output.append(next_token(prompt_ids + output))
+        if output[-1] in params.stop_token_ids and len(output) >= params.min_tokens:
+            return output, FinishReason.STOP
+    return output, FinishReason.LENGTH
+
+
+def make_request(request_id: str, prompt_ids: list[int], *, max_tokens: int = 4, priority: int = 0) -> Request:
+    return Request(request_id, prompt_ids, SamplingParams(max_tokens=max_tokens), priority=priority)

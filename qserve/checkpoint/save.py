@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qserve.checkpoint.atomic import new_directory
 from qserve.checkpoint.contents import PLAIN
 from qserve.checkpoint.shards import LAYOUTS
+from qserve.checkpoint.write_safetensors import write_safetensors
 from qserve.quant.read import take_apart
 from qserve.quant.recipe import Recipe
 
@@ -172,7 +172,7 @@ def _write_weights(directory: Path, pieces: Sequence[_Piece], *, format: str, ma
             weight_map |= {piece.name: name for piece in shard}
         else:
             stored = {key: part for piece in shard for key, part in piece.stored.items()}
-            _write_safetensors(directory / name, stored, metadata=_metadata(pieces))
+            write_safetensors(directory / name, stored, metadata=_metadata(pieces))
             weight_map |= dict.fromkeys(stored, name)
     if len(shards) > 1:
         total_size = sum(piece.num_bytes for piece in pieces)
@@ -203,14 +203,3 @@ def _metadata(pieces: Sequence[_Piece]) -> dict[str, str]:
         return metadata
     metadata |= {piece.name: piece.metadata for piece in pieces}
     return metadata | {"tensor_names": json.dumps([piece.name for piece in pieces])}
-
-
-def _write_safetensors(file: Path, stored: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
-    """The format keeps no strides and no aliases: a tensor that another one shares memory with is copied."""
-    seen: set[int] = set()
-    own: dict[str, Tensor] = {}
-    for key, tensor in stored.items():
-        address = tensor.untyped_storage().data_ptr()
-        own[key] = tensor.clone(memory_format=torch.contiguous_format) if address in seen else tensor.contiguous()
-        seen.add(address)
-    save_file(own, file, metadata=dict(metadata))

@@ -4,7 +4,6 @@ It assembles and decides nothing that a part could decide itself.
 """
 
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,14 +16,15 @@ from qserve.checkpoint.contents import Checkpoint
 from qserve.checkpoint.detect import detect
 from qserve.checkpoint.load import open_weights
 from qserve.config import DeviceConfig, EngineConfig, ServerConfig
-from qserve.device.architectures import read_spec
-from qserve.device.decoder import load_decoder
 from qserve.device.kv_cache import block_bytes, make_cache
+from qserve.device.load import load_model, model_limit
 from qserve.device.runner import Model, ModelRunner
 from qserve.engine.engine import Engine
 from qserve.engine.loop import EngineLoop
 from qserve.engine.scheduler import Scheduler
-from qserve.errors import NotACheckpoint, UnsupportedArchitecture, UsageError
+from qserve.errors import NotACheckpoint, UsageError
+from qserve.kernels.build import KernelsUnavailable, count_cores
+from qserve.kernels.native import open_native
 from qserve.kernels.ops import Ops
 from qserve.kernels.reference import ReferenceOps
 from qserve.llm import LLM, ModelInfo
@@ -51,7 +51,7 @@ def build_llm(
     server, engine, device = server or ServerConfig(), engine or EngineConfig(), device or DeviceConfig()
     clock = _Clock()
     where = _choose_device(device)
-    torch.set_num_threads(device.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(device.threads or count_cores())
     with clock.measure("checkpoint"):
         checkpoint = detect(path)
         for warning in checkpoint.warnings:
@@ -60,12 +60,14 @@ def build_llm(
         tokenizer = load_tokenizer(checkpoint.home)
         template = load_chat_template(checkpoint.home, tokenizer.special)
     with clock.measure("kernels"):
-        ops = _make_ops(device, where)
+        ops, kernels = _make_ops(device, where)
     with clock.measure("weights"):
         limit = _max_model_len(checkpoint, engine)
-        model = _load_model(checkpoint, ops=ops, device=where, max_positions=limit)
+        weights = open_weights(checkpoint)
+        model = load_model(checkpoint.config, weights, ops=ops, device=where, max_positions=limit)
     with clock.measure("warm-up"):
-        runner = _make_runner(model, checkpoint, engine=engine, device=device, where=where)
+        num_blocks = engine.max_running * -(-limit // engine.block_size)  # all that could ever be held at once
+        runner = _make_runner(model, checkpoint, engine=engine, device=device, max_blocks=num_blocks)
         runner.warm_up(max_tokens=min(_WARM_UP_TOKENS, engine.max_step_tokens))
     served_as = server.served_model_name or name or path.resolve().name
     limit = min(limit, runner.num_blocks * engine.block_size)
@@ -74,7 +76,11 @@ def build_llm(
         max_model_len=limit,
         vocabulary_size=model.vocab_size,
         created=int(time.time()),
-        details={**_describe(checkpoint), "memory": {"weights": runner.memory.weights, "cache": runner.memory.cache}},
+        details={
+            **_describe(checkpoint),
+            "kernels": kernels,
+            "memory": {"weights": runner.memory.weights, "cache": runner.memory.cache},
+        },
     )
     loop = EngineLoop(Engine(Scheduler(engine, runner.num_blocks), runner)).start()
     metrics = Metrics(info.name, lambda: loop.stats)
@@ -113,28 +119,35 @@ def _choose_device(config: DeviceConfig) -> torch.device:
     return torch.device(config.device)
 
 
-def _make_ops(config: DeviceConfig, device: torch.device) -> Ops:
-    return ReferenceOps(device=device)
-
-
-def _load_model(checkpoint: Checkpoint, *, ops: Ops, device: torch.device, max_positions: int) -> Model:
-    spec = read_spec(checkpoint.config)
-    if spec is None:
-        raise UnsupportedArchitecture(f"{checkpoint.config['model_type']} cannot be run.")
-    return load_decoder(spec, open_weights(checkpoint), ops=ops, device=device, max_positions=max_positions)
+def _make_ops(config: DeviceConfig, device: torch.device) -> tuple[Ops, str]:
+    """The kernels and their name. Without a compiler the server still serves, slowly, and says so."""
+    if config.kernels == "native" and device.type != "cpu":
+        raise UsageError(f"--kernels native is for the CPU, and --device is {device.type}. Leave one of them out.")
+    if config.kernels == "reference" or device.type != "cpu":
+        return ReferenceOps(device=device), "reference"
+    try:
+        ops = open_native(num_threads=config.threads)
+    except KernelsUnavailable as error:
+        if config.kernels == "native":
+            raise
+        _log.warning("plain torch computes, which is several times slower: %s", error)
+        return ReferenceOps(device=device), "reference"
+    return ops, ops.variant
 
 
 def _max_model_len(checkpoint: Checkpoint, config: EngineConfig) -> int:
-    own = int(checkpoint.config.get("max_position_embeddings") or 0)
-    if not own and not config.max_model_len:
-        raise UsageError(f"{checkpoint.path} does not tell how long its context is: give --max-model-len.")
-    if own and config.max_model_len > own:
+    own = model_limit(checkpoint.config)
+    if own is None and not config.max_model_len:
+        raise UsageError(
+            f"The config of {checkpoint.path} does not tell how long its context is: give --max-model-len."
+        )
+    if own is not None and config.max_model_len > own:
         raise UsageError(f"--max-model-len is {config.max_model_len}, but the model's own limit is {own}.")
-    return config.max_model_len or own
+    return config.max_model_len or own or 0
 
 
 def _make_runner(
-    model: Model, checkpoint: Checkpoint, *, engine: EngineConfig, device: DeviceConfig, where: torch.device
+    model: Model, checkpoint: Checkpoint, *, engine: EngineConfig, device: DeviceConfig, max_blocks: int
 ) -> ModelRunner:
     dtype = _cache_dtype(device, checkpoint)
     size = block_bytes(model.cache_shapes, block_size=engine.block_size, dtype=dtype)
@@ -143,8 +156,13 @@ def _make_runner(
         raise UsageError(
             f"--kv-cache-mb {device.kv_cache_mb} holds {num_blocks} blocks of {size} bytes: at least 2 are needed."
         )
+    where = torch.device(device.device)
     cache = make_cache(
-        model.cache_shapes, num_blocks=num_blocks, block_size=engine.block_size, dtype=dtype, device=where
+        model.cache_shapes,
+        num_blocks=min(num_blocks, max_blocks),
+        block_size=engine.block_size,
+        dtype=dtype,
+        device=where,
     )
     return ModelRunner(model, cache, device=where)
 

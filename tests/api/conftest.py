@@ -1,9 +1,11 @@
 """A real server on a real socket, over a fake device or over a tiny model."""
 
 import asyncio
+import re
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,21 +39,28 @@ class Server:
     llm: LLM
     runner: FakeRunner
 
-    def wait_until_idle(self, seconds: float = 5) -> None:
-        """No request runs or waits and no block is held; fails when that does not come about."""
-        for _ in range(int(seconds * 200)):
-            stats = self.llm.loop.stats
-            if not (stats.num_running or stats.num_waiting or stats.num_held_blocks):
-                return
-            threading.Event().wait(0.005)
-        raise AssertionError(f"still busy: {self.llm.loop.stats}")
+    @property
+    def is_idle(self) -> bool:
+        """No request runs or waits, and no block is held."""
+        stats = self.llm.loop.stats
+        return not (stats.num_running or stats.num_waiting or stats.num_held_blocks)
 
-    def wait_until_running(self, number: int = 1, seconds: float = 5) -> None:
-        for _ in range(int(seconds * 200)):
-            if self.llm.loop.stats.num_running >= number:
-                return
-            threading.Event().wait(0.005)
-        raise AssertionError(f"never ran: {self.llm.loop.stats}")
+    @property
+    def num_given_up(self) -> int:
+        """Requests that were closed before they were finished."""
+        found = re.search(r'finished_reason="abort",model_name="tiny"} (\d+)', self.llm.metrics.render().decode())
+        return int(found[1]) if found else 0
+
+    def wait_until_idle(self) -> None:
+        wait_until(lambda: self.is_idle)
+
+
+def wait_until(condition: Callable[[], bool], *, seconds: float = 10) -> None:
+    """Fails when it does not come about."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "what was waited for never came about"
+        time.sleep(0.002)
 
 
 def make_llm(directory: Path, *, engine: EngineConfig | None = None) -> tuple[LLM, FakeRunner]:

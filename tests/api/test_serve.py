@@ -1,0 +1,151 @@
+"""`qserve serve` as a process: the port before the model, the words it prints, and how it ends."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests import tiny
+from tests.api.conftest import wait_until
+
+COMMAND = [sys.executable, "-m", "qserve.cli", "serve"]
+LONG = {"prompt": "Hello", "max_tokens": 500, "stream": True, "ignore_eos": True, "temperature": 0}
+
+
+class Process:
+    """A server in a process of its own, and what it has printed so far."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._process = subprocess.Popen(
+            [*COMMAND, *arguments, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.lines.append(line)
+        self._process.stdout.close()
+
+    @property
+    def printed(self) -> str:
+        return "".join(self.lines)
+
+    @property
+    def url(self) -> str:
+        wait_until(lambda: "listening on" in self.printed or self._process.poll() is not None, seconds=60)
+        found = re.search(r"listening on (http://\S+:\d+)", self.printed)
+        assert found, self.printed
+        return found[1]
+
+    def wait_until_ready(self) -> str:
+        url = self.url
+        wait_until(lambda: "Try:" in self.printed or self._process.poll() is not None, seconds=120)
+        assert httpx.get(url + "/ready").status_code == 200, self.printed
+        return url
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def wait(self) -> int:
+        status = self._process.wait(timeout=60)
+        self._reader.join()
+        return status
+
+    def kill(self) -> None:
+        self._process.kill()
+        self.wait()
+
+
+@contextmanager
+def process(*arguments: str) -> Iterator[Process]:
+    running = Process(*arguments)
+    try:
+        yield running
+    finally:
+        running.kill()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+class Reader(threading.Thread):
+    """One client that reads a stream to its end."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self._url = url
+        self.frames: list[str] = []
+        self.start()
+
+    def run(self) -> None:
+        with httpx.stream("POST", self._url + "/v1/completions", json=LONG, timeout=60) as response:
+            for line in response.iter_lines():
+                if line:
+                    self.frames.append(line.removeprefix("data: "))
+
+    def finish(self) -> list[Any]:
+        self.join(60)
+        assert self.frames[-1] == "[DONE]"
+        return [json.loads(frame) for frame in self.frames[:-1]]
+
+
+def test_from_the_first_probe_to_a_drained_end(checkpoint: Path) -> None:
+    with process(str(checkpoint), "--served-model-name", "mine") as running:
+        url = running.url
+        assert httpx.get(url + "/health").status_code == 200
+        assert httpx.get(url + "/ready").status_code == 503  # torch alone takes longer to import than this
+        url = running.wait_until_ready()
+        assert "curl" in running.printed
+        assert httpx.get(url + "/v1/models").json()["data"][0]["id"] == "mine"
+        readers = [Reader(url) for _ in range(4)]
+        wait_until(lambda: all(len(reader.frames) > 3 for reader in readers))
+        running.signal(signal.SIGTERM)
+        for reader in readers:
+            *_, last = reader.finish()
+            assert last["choices"][0]["finish_reason"] == "length"
+        assert running.wait() == 0, running.printed
+        assert "Traceback" not in running.printed
+
+
+def test_what_takes_longer_than_the_drain_ends_with_an_error(checkpoint: Path) -> None:
+    with process(str(checkpoint), "--drain-seconds", "0", "--kernels", "reference", "--threads", "1") as running:
+        reader = Reader(running.wait_until_ready())
+        wait_until(lambda: len(reader.frames) > 3)
+        running.signal(signal.SIGTERM)
+        *_, last = reader.finish()
+        assert last["error"]["code"] == "not_ready"
+        assert running.wait() == 0, running.printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/nowhere/at/all"], "neither a directory here nor"),
+        (["--max-running", "2", "--max-step-tokens", "1", "CHECKPOINT"], "max_step_tokens"),
+        (["--max-model-len", "10000", "CHECKPOINT"], "the model's own limit is 512"),
+        (["--host", "256.0.0.1"], "Cannot listen on"),
+    ],
+)
+def test_what_the_operator_can_put_right_is_one_line(checkpoint: Path, arguments: list[str], message: str) -> None:
+    given = [str(checkpoint) if argument == "CHECKPOINT" else argument for argument in arguments]
+    ended = subprocess.run(
+        [*COMMAND, *given, "--port", "0"], capture_output=True, text=True, timeout=120, check=False, env=os.environ
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert message in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr

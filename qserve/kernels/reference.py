@@ -14,8 +14,8 @@ from torch import Tensor
 
 from qserve.kernels.linear import Linear, join_biases, join_weights
 from qserve.kernels.ops import Activation, AttentionSpec, Batch, CacheLayer, Norm, NormKind, Rotary
+from qserve.kernels.reference_activations import ROUND_TRIPS
 from qserve.kernels.reference_attention import attend_paged, rotate, split_heads, store
-from qserve.kernels.reference_integer import ROUND_TRIPS
 from qserve.quant.weight import ActivationQuantization, QuantizedWeight, Weight
 
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {

@@ -36,11 +36,11 @@ def store(keys: Tensor, values: Tensor, slots: Tensor, cache: CacheLayer) -> Non
 
 
 def attend_paged(queries: Tensor, attention: AttentionSpec, batch: Batch, cache: CacheLayer) -> Tensor:
-    """Queries (tokens, num_heads, head_dim) over the cache: (tokens, num_heads * head_dim).
+    """Queries (tokens, num_heads, head_dim) over the cache: (tokens, num_heads * value_dim).
 
     Chunks of as many tokens are computed together, so that the decode rows of a step are one multiplication.
     """
-    output = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    output = queries.new_empty(*queries.shape[:2], cache.values.shape[3])
     starts = torch.tensor((0, *batch.chunk_tokens)).cumsum(0)[:-1]
     for num_tokens in sorted(set(batch.chunk_tokens)):
         members = [index for index, tokens in enumerate(batch.chunk_tokens) if tokens == num_tokens]
@@ -71,7 +71,7 @@ def _gather(cache: Tensor, tables: Tensor, length: int) -> Tensor:
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, attention: AttentionSpec) -> Tensor:
-    """queries (chunks, tokens, num_heads, head_dim), positions (chunks, tokens); the result has the queries' shape."""
+    """queries (chunks, tokens, num_heads, head_dim) and their positions: (chunks, tokens, num_heads, value_dim)."""
     num_kv_heads, length = keys.shape[1:3]
     grouped = queries.view(*queries.shape[:2], num_kv_heads, -1, queries.shape[3])
     grouped = grouped.permute(0, 2, 3, 1, 4)  # (chunks, kv, heads, tokens, head_dim)
@@ -84,4 +84,4 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, at
         is_hidden |= distances >= attention.sliding_window
     scores = scores.view(*grouped.shape[:-1], length).masked_fill(is_hidden[:, None, None], float("-inf"))
     mixed = torch.softmax(scores, dim=-1).flatten(2, 3) @ values
-    return mixed.view(grouped.shape).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return mixed.view(*grouped.shape[:-1], -1).permute(0, 3, 1, 2, 4).flatten(2, 3)

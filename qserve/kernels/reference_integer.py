@@ -1,70 +1,13 @@
-"""How activations are quantized, and what an integer kernel computes with them, in plain torch.
+"""What an integer kernel with dynamic int8 activations computes, in plain torch and exact to the bit.
 
-Written from torchao's definitions; every operation is rounded to float32, and so must a compiled kernel's be.
+Every operation is rounded to float32 as it is written here, and so must a compiled kernel's be.
 """
-
-from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from qserve.kernels.reference_activations import quantize_int8_asymmetric, quantize_int8_symmetric
 from qserve.quant.weight import ActivationQuantization, QuantizedWeight
-
-_INT8_MIN, _INT8_MAX = -128, 127
-_FLOAT8_MAX = 448.0  # of float8_e4m3fn
-
-
-def quantize_int8_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 codes (tokens, features), scales and zero points (tokens, 1), as torchao's choose_qparams_affine has them.
-
-    The code is round(x * (1 / scale)) + zero point, which is not always round(x / scale) + zero point. Codes and zero
-    points come back as float32 whole numbers.
-    """
-    low = x.amin(dim=-1, keepdim=True).clamp(max=0.0)
-    high = x.amax(dim=-1, keepdim=True).clamp(min=0.0)
-    scales = ((high - low) / float(_INT8_MAX - _INT8_MIN)).clamp(min=torch.finfo(torch.float32).smallest_normal)
-    zero_points = (_INT8_MIN - torch.round(low / scales)).clamp(_INT8_MIN, _INT8_MAX)
-    codes = (torch.round(x * (1.0 / scales)) + zero_points).clamp(_INT8_MIN, _INT8_MAX)
-    return codes, scales, zero_points
-
-
-def quantize_int8_symmetric(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales as above, without zero points, as torchao's Int8Tensor has them."""
-    scales = (x.abs().amax(dim=-1, keepdim=True) / (float(_INT8_MAX - _INT8_MIN) / 2)).clamp(
-        min=torch.finfo(torch.float32).eps
-    )
-    return torch.round(x * (1.0 / scales)).clamp(_INT8_MIN, _INT8_MAX), scales
-
-
-def quantize_float8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float8_e4m3fn codes as float32 (tokens, features) and scales (tokens, 1); a row of zeros has scale one."""
-    scales = x.abs().amax(dim=-1, keepdim=True) / _FLOAT8_MAX
-    scales = torch.where(scales == 0, 1.0, scales)
-    codes = (x / scales).clamp(-_FLOAT8_MAX, _FLOAT8_MAX).to(torch.float8_e4m3fn)
-    return codes.to(torch.float32), scales
-
-
-def _round_trip_asymmetric(x: Tensor) -> Tensor:
-    codes, scales, zero_points = quantize_int8_asymmetric(x)
-    return (codes - zero_points) * scales
-
-
-def _round_trip_symmetric(x: Tensor) -> Tensor:
-    codes, scales = quantize_int8_symmetric(x)
-    return codes * scales
-
-
-def _round_trip_float8(x: Tensor) -> Tensor:
-    codes, scales = quantize_float8(x)
-    return codes * scales
-
-
-ROUND_TRIPS: Mapping[ActivationQuantization, Callable[[Tensor], Tensor]] = {
-    ActivationQuantization.NONE: lambda x: x,
-    ActivationQuantization.INT8_ASYMMETRIC: _round_trip_asymmetric,
-    ActivationQuantization.INT8_SYMMETRIC: _round_trip_symmetric,
-    ActivationQuantization.FLOAT8: _round_trip_float8,
-}
 
 
 def integer_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -80,6 +23,7 @@ def integer_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     Symmetric activations have no z and no fix: y = s * acc.
     """
     assert weight.offsets is None, "integer kernels know no float offsets"
+    assert weight.zero_points is None or not weight.zero_points.is_floating_point(), "nor float zero points"
     if weight.pre_scale is not None:
         x = x * weight.pre_scale.to(torch.float32)
     if weight.activation is ActivationQuantization.INT8_SYMMETRIC:

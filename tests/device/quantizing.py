@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qserve.kernels.reference_integer import ROUND_TRIPS
+from qserve.kernels.reference_activations import ROUND_TRIPS
 from qserve.quant.weight import ActivationQuantization, QuantizedWeight, Weight
 
 NONE = ActivationQuantization.NONE

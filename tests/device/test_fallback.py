@@ -37,6 +37,20 @@ MODELS: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": 24},
     "cohere2": {"sliding_window": 24, "logit_scale": 0.4},
     "mixtral": {"num_local_experts": 4},
+    "deepseek_v3": {  # keys are wider than values
+        "num_key_value_heads": 4,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 12,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 10,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+    },
 }
 
 

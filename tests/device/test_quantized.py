@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from qserve.kernels.reference import ReferenceOps
-from qserve.kernels.reference_integer import ROUND_TRIPS, integer_linear
+from qserve.kernels.reference_activations import ROUND_TRIPS
+from qserve.kernels.reference_integer import integer_linear
 from qserve.quant.weight import ActivationQuantization, QuantizedWeight, Weight
 from tests.device.driving import (
     CPU,

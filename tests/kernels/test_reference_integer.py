@@ -1,73 +1,12 @@
-"""The activation quantizers against torchao's own, and the integer formula against plain loops."""
-
-from typing import Any
+"""The integer formula against plain loops."""
 
 import pytest
 import torch
 from torch import Tensor
-from torchao.quantization.quant_primitives import (
-    MappingType,
-    _choose_scale_float8,
-    _quantize_affine_float8,
-    choose_qparams_affine,
-    quantize_affine,
-)
 
-from qserve.kernels.reference_integer import (
-    ROUND_TRIPS,
-    integer_linear,
-    quantize_float8,
-    quantize_int8_asymmetric,
-    quantize_int8_symmetric,
-)
+from qserve.kernels.reference_activations import ROUND_TRIPS, quantize_int8_asymmetric, quantize_int8_symmetric
+from qserve.kernels.reference_integer import integer_linear
 from qserve.quant.weight import ActivationQuantization, QuantizedWeight
-
-
-def _rows() -> Tensor:
-    torch.manual_seed(0)
-    rows = torch.randn(200, 96) * torch.logspace(-6, 4, 200).unsqueeze(1)
-    rows[0] = 0.0
-    rows[1] = rows[1].abs()
-    rows[2] = -rows[2].abs()
-    rows[3, :] = 3.0
-    return rows
-
-
-def _torchao(rows: Tensor, mapping: MappingType, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    block_size = (1, rows.shape[1])
-    bounds = {"quant_min": -128, "quant_max": 127}
-    scales, zero_points = choose_qparams_affine(
-        rows, mapping, block_size, torch.int8, zero_point_dtype=torch.int8, keepdim=True, **bounds, **options
-    )
-    return quantize_affine(rows, block_size, scales, zero_points, torch.int8, **bounds), scales, zero_points
-
-
-def test_asymmetric_int8_is_torchaos() -> None:
-    codes, scales, zero_points = quantize_int8_asymmetric(_rows())
-    expected = _torchao(_rows(), MappingType.ASYMMETRIC)
-    assert torch.equal(codes.to(torch.int8), expected[0])
-    assert torch.equal(scales, expected[1])
-    assert torch.equal(zero_points.to(torch.int8), expected[2])
-
-
-def test_symmetric_int8_is_torchaos() -> None:
-    codes, scales = quantize_int8_symmetric(_rows())
-    expected = _torchao(_rows(), MappingType.SYMMETRIC, eps=torch.finfo(torch.float32).eps)
-    assert torch.equal(codes.to(torch.int8), expected[0])
-    assert torch.equal(scales, expected[1])
-
-
-def test_float8_is_torchaos() -> None:
-    rows = _rows()[1:]  # torchao divides a row of zeros by zero
-    codes, scales = quantize_float8(rows)
-    expected = _choose_scale_float8(rows, [1, rows.shape[1]])
-    assert torch.equal(scales, expected)
-    assert torch.equal(codes, _quantize_affine_float8(rows, expected).to(torch.float32))
-
-
-@pytest.mark.parametrize("activation", list(ActivationQuantization))
-def test_a_row_of_zeros_stays_zero(activation: ActivationQuantization) -> None:
-    assert torch.equal(ROUND_TRIPS[activation](torch.zeros(1, 8)), torch.zeros(1, 8))
 
 
 def _weight(activation: ActivationQuantization, *, has_zero_points: bool, group_size: int = 16) -> QuantizedWeight:

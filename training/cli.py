@@ -5,7 +5,6 @@ A word's module is imported when the word is used, since most of them load torch
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +43,10 @@ From a GGUF file to a served model:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one word; what the user can put right is one line on stderr and the exit status 2."""
+    """Run one word; what the user can put right is one line on stderr and the exit status 2.
+
+    What the operating system refuses (a full disk, no permission) is one line too, and the exit status 1.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     _quieten()
     options = _parser(used=arguments[0] if arguments else "").parse_args(arguments)
@@ -53,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except QserveError as error:
         print(f"qserve-train: {error}", file=sys.stderr)
         return _USAGE_ERROR
+    except OSError as error:
+        print(f"qserve-train: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0
@@ -62,7 +67,6 @@ def _quieten() -> None:
     """What libraries tell their own developers as they are imported is not for the users of this command."""
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own bars, beside ours
 
 
 def _parser(*, used: str) -> argparse.ArgumentParser:

@@ -140,9 +140,12 @@ def rehearse(wanted: Finalize, *, console: Console) -> None:
 
 def _survey(wanted: Finalize) -> tuple[Checkpoint, nn.Module, "Account"]:
     """The source, its model, and what the recipe would make of it; all that can be wrong is said here."""
-    from qserve.quant.apply import make_plan  # torchao: seconds
+    from transformers.utils import logging  # this one and torchao: seconds
+
+    from qserve.quant.apply import make_plan
     from training.account import draw_up
 
+    logging.disable_progress_bar()  # transformers' own, beside ours
     require_absent(wanted.out)
     recipe = find_recipe(wanted.recipe)
     recipe.demand("make")

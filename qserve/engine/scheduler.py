@@ -93,7 +93,7 @@ class Scheduler:
             return None
         (self._running if request in self._running else self._waiting).remove(request)
         self._totals.num_aborted += 1
-        self._end(request)
+        self._end(request, now=time.perf_counter())
         return TokenEvent(request_id=request_id, finish_reason=FinishReason.ABORT)
 
     def abort_all(self) -> list[TokenEvent]:
@@ -189,9 +189,8 @@ class Scheduler:
             self._append(request, token_id, now=now)
         finish_reason = _finish_reason(request)
         if finish_reason is not None:
-            request.finished_at = now
             self._totals.num_finished += 1
-            self._end(request)
+            self._end(request, now=now)
         return TokenEvent(
             request_id=request.id,
             token_id=token_id,
@@ -207,7 +206,8 @@ class Scheduler:
         request.token_ids.append(token_id)
         self._totals.num_generated_tokens += 1
 
-    def _end(self, request: Request) -> None:
+    def _end(self, request: Request, *, now: float) -> None:
+        request.finished_at = now
         del self._requests[request.id]
         self._blocks.release(request)
 

@@ -11,7 +11,7 @@ from typing import Any
 from qserve.checkpoint.contents import TensorInfo
 from qserve.errors import BrokenCheckpoint
 
-_EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight")
+EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight")
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "embedding_size", "word_embed_proj_dim")
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
@@ -19,7 +19,7 @@ _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 def require_agreement(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
     """Raises BrokenCheckpoint with both figures where they differ."""
     text = config.get("text_config", config)
-    embeddings = [info for name, info in tensors.items() if _EMBEDDING.fullmatch(name)]
+    embeddings = [info for name, info in tensors.items() if EMBEDDING.fullmatch(name)]
     if len(embeddings) != 1:  # none, or several (encoder and decoder): nothing to compare with
         return
     embedding = embeddings[0]

@@ -1,22 +1,19 @@
 """Loading: the named weights of a checkpoint, read when they are asked for, and whole models of transformers."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qserve.checkpoint import read_bin, read_safetensors
-from qserve.checkpoint.contents import Checkpoint, TensorInfo
+from qserve.checkpoint.contents import Checkpoint
 from qserve.checkpoint.shards import listing
 from qserve.errors import BrokenCheckpoint, UnsupportedArchitecture
 from qserve.quant.weight import QuantizedWeight, Weight
 
 log = logging.getLogger(__name__)
-
-# Makes the module that takes the place of a linear whose weight is quantized, of the weight and the bias.
-MakeLinear = Callable[[QuantizedWeight, Tensor | None], nn.Module]
 
 READERS = {"safetensors": read_safetensors.reader, "bin": read_bin.reader}
 
@@ -49,35 +46,22 @@ def open_weights(checkpoint: Checkpoint) -> Weights:
     return Weights(checkpoint)
 
 
-def load_model(
-    checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, make_linear: MakeLinear | None = None
-) -> nn.Module:
+def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> nn.Module:
     """A causal LM of transformers' own class, in evaluation mode, with every parameter and buffer in place.
 
-    Quantized weights are dequantized, unless `make_linear` is given: then each quantized linear is replaced by what it
-    makes, and its float values never exist. `dtype` is of the float tensors; by default as they are stored. Plain
-    tensors of that dtype stay views of the mapped files.
+    Quantized weights are dequantized. `dtype` is of the float tensors; by default as they are stored. Plain tensors of
+    that dtype stay views of the mapped files: writing to them is safe and reaches no file.
     """
     model_class, config = _model_class(checkpoint)
-    weights = open_weights(checkpoint)
-    linears = _linear_names(model_class, config) if make_linear else frozenset()
-    replaced = {name for name, info in checkpoint.tensors.items() if info.is_quantized and name in linears}
-    state = {
-        name: _stand_in(info, dtype) if name in replaced else _float(weights[name], dtype)
-        for name, info in checkpoint.tensors.items()
-    }
     model, loading = model_class.from_pretrained(
         None,
         config=config,
-        state_dict=state,
+        state_dict={name: _float(weight, dtype) for name, weight in open_weights(checkpoint).items()},
         dtype=dtype or "auto",
         ignore_mismatched_sizes=True,  # they are told below, with our words
         output_loading_info=True,
     )
     _require_complete(checkpoint, loading)
-    for name in sorted(replaced):
-        assert make_linear is not None
-        _replace(model, name, weight=weights[name], make_linear=make_linear)
     _require_nothing_on_meta(model)
     return model.eval()  # type: ignore[no-any-return]
 
@@ -96,17 +80,6 @@ def _model_class(checkpoint: Checkpoint) -> tuple[Any, Any]:
         raise UnsupportedArchitecture(f"{checkpoint.path}: {model_type!r} is no causal language model in transformers")
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return model_class, config
-
-
-def _linear_names(model_class: Any, config: Any) -> frozenset[str]:
-    with torch.device("meta"):
-        skeleton = model_class(config)
-    return frozenset(f"{name}.weight" for name, module in skeleton.named_modules() if isinstance(module, nn.Linear))
-
-
-def _stand_in(info: TensorInfo, dtype: torch.dtype | None) -> Tensor:
-    """A tensor of the right shape that takes no memory."""
-    return torch.zeros((), dtype=dtype or info.dtype).expand(info.shape)
 
 
 def _float(weight: Weight, dtype: torch.dtype | None) -> Tensor:
@@ -128,14 +101,6 @@ def _require_complete(checkpoint: Checkpoint, loading: Mapping[str, Any]) -> Non
         )
     if loading["unexpected_keys"]:
         log.warning("%s: not used by the model: %s", checkpoint.path, listing(sorted(loading["unexpected_keys"])))
-
-
-def _replace(model: nn.Module, name: str, *, weight: Weight, make_linear: MakeLinear) -> None:
-    assert isinstance(weight, QuantizedWeight), name
-    module_name = name.removesuffix(".weight")
-    parent_name, _, child = module_name.rpartition(".")
-    bias = model.get_submodule(module_name).bias
-    setattr(model.get_submodule(parent_name), child, make_linear(weight, bias if isinstance(bias, Tensor) else None))
 
 
 def _require_nothing_on_meta(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qserve.checkpoint.contents import Tier
@@ -130,25 +130,6 @@ def test_a_quantized_head_beside_a_tied_config(tmp_path: Path) -> None:
     untied = logits(load_model(detect(path)))
     edit_json(path / "config.json", tie_word_embeddings=True)
     assert torch.equal(logits(load_model(detect(path))), untied)
-
-
-class Multiplied(nn.Module):
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight = weight.dequantize()
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
-
-
-def test_quantized_linears_can_be_replaced(tmp_path: Path) -> None:
-    path = quantized_checkpoint(tmp_path / "model", "head", tie_word_embeddings=False)
-    checkpoint = detect(path)
-    replaced = load_model(checkpoint, make_linear=Multiplied)
-    kinds = {name for name, module in replaced.named_modules() if isinstance(module, Multiplied)}
-    assert {f"{name}.weight" for name in kinds} == {n for n, info in checkpoint.tensors.items() if info.is_quantized}
-    assert torch.equal(logits(replaced), logits(load_model(checkpoint)))
 
 
 def test_what_the_architecture_needs_and_the_files_lack(tmp_path: Path) -> None:

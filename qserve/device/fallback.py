@@ -19,17 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from qserve.device.batch import make_batch
-from qserve.device.kv_cache import CacheShape, KVCache, make_cache
+from qserve.device.kv_cache import CacheShape, KVCache
+from qserve.device.paged_attention import (
+    INTERFACE_NAME,
+    PROBE_BLOCK_SIZE,
+    PROBE_TOKENS,
+    PagedAttention,
+    register_attention,
+)
 from qserve.engine.request import Chunk, Request, SamplingParams
 from qserve.errors import BrokenCheckpoint, UnsupportedArchitecture
 from qserve.kernels.linear import Linear
-from qserve.kernels.ops import AttentionSpec, Batch, CacheLayer, Ops
-from qserve.kernels.reference_attention import attend_paged, store
+from qserve.kernels.ops import Batch, Ops
 from qserve.quant.weight import ActivationQuantization, QuantizedWeight, Weight
 
-_NAME = "qserve_paged"
-_PROBE_TOKENS = 24
-_PROBE_BLOCK_SIZE = 4
 _KNOWN_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -48,64 +51,6 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).to(torch.float32).contiguous()
         return self.ops.norm_linear(rows, None, self.packed).view(*x.shape[:-1], self.out_features)
-
-
-class PagedAttention:
-    """What the attention interface calls, layer after layer; holds the step that is under way.
-
-    The first step defines the layers: each module that asks for attention is one, in the order in which they ask.
-    """
-
-    def __init__(self, config: Any) -> None:
-        self._config = config
-        self._layers: dict[int, int] = {}  # of a module's id
-        self.batch: Batch | None = None
-        self.layers: list[CacheLayer] = []
-        self.windows: list[int | None] = []
-
-    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Any) -> Tensor:
-        """query (1, heads, tokens, head_dim), key and value with kv_heads: (1, tokens, heads, value_dim)."""
-        assert self.batch is not None, "attention was asked for outside of a step"
-        index = self._layers.setdefault(id(module), len(self._layers))
-        queries, keys, values = (heads[0].transpose(0, 1) for heads in (query, key, value))  # (tokens, heads, dim)
-        if index == len(self.windows):
-            self.windows.append(self._window(index, options.get("sliding_window")))
-        if index == len(self.layers):
-            self.layers.append(self._new_layer(keys, values))
-        scale = options.get("scaling")
-        attention = AttentionSpec(
-            num_heads=queries.shape[1],
-            num_kv_heads=keys.shape[1],
-            head_dim=queries.shape[2],
-            scale=queries.shape[2] ** -0.5 if scale is None else float(scale),
-            sliding_window=self.windows[index],
-            soft_cap=options.get("softcap"),
-        )
-        store(keys, values, self.batch.slots, self.layers[index])
-        mixed = attend_paged(queries, attention, self.batch, self.layers[index])
-        return mixed.view(1, queries.shape[0], queries.shape[1], values.shape[2])
-
-    @property
-    def shapes(self) -> tuple[CacheShape, ...]:
-        return tuple(
-            CacheShape(num_heads=part.keys.shape[1], head_dim=part.keys.shape[3], value_dim=part.values.shape[3])
-            for part in self.layers
-        )
-
-    def _window(self, index: int, given: int | None) -> int | None:
-        """What the call says; where it says nothing, what the configuration says of the layer."""
-        types = getattr(self._config, "layer_types", None)
-        if given is None and types and types[index] == "sliding_attention":
-            return int(self._config.sliding_window)
-        return given
-
-    def _new_layer(self, keys: Tensor, values: Tensor) -> CacheLayer:
-        shape = CacheShape(num_heads=keys.shape[1], head_dim=keys.shape[2], value_dim=values.shape[2])
-        num_blocks = 4 * _PROBE_TOKENS // _PROBE_BLOCK_SIZE
-        cache = make_cache(
-            [shape], num_blocks=num_blocks, block_size=_PROBE_BLOCK_SIZE, dtype=torch.float32, device=keys.device
-        )
-        return cache.layers[0]
 
 
 class Fallback:
@@ -146,12 +91,12 @@ class Fallback:
     def check(self, *, device: torch.device, max_positions: int, tolerance: float) -> None:
         """Raise UnsupportedArchitecture unless the cache gives what transformers' eager attention gives."""
         name = self._theirs.config.model_type
-        ids = [(7919 * place + 13) % self.vocab_size for place in range(_PROBE_TOKENS)]
+        ids = [(7919 * place + 13) % self.vocab_size for place in range(PROBE_TOKENS)]
         theirs = self._theirs
         theirs.set_attn_implementation("eager")
         expected = theirs(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
-        theirs.set_attn_implementation(_NAME)
-        whole = self._probe(ids, cuts=[_PROBE_TOKENS], device=device)
+        theirs.set_attn_implementation(INTERFACE_NAME)
+        whole = self._probe(ids, cuts=[PROBE_TOKENS], device=device)
         self._shapes = self._attention.shapes
         if not self._shapes:
             raise UnsupportedArchitecture(
@@ -159,7 +104,7 @@ class Fallback:
                 " cache. Serve a model whose layers attend."
             )
         self._check_window(max_positions)
-        chunked = self._probe(ids, cuts=[9, 10, _PROBE_TOKENS], device=device)
+        chunked = self._probe(ids, cuts=[9, 10, PROBE_TOKENS], device=device)
         error = max(float((found - expected).abs().max() / expected.abs().max()) for found in (whole, chunked))
         if not error <= tolerance:
             raise UnsupportedArchitecture(
@@ -189,7 +134,7 @@ class Fallback:
 
     def _probe(self, ids: list[int], *, cuts: list[int], device: torch.device) -> Tensor:
         """Logits of all positions, computed in chunks that end at `cuts`, another text beside them."""
-        count = -(-len(ids) // _PROBE_BLOCK_SIZE)
+        count = -(-len(ids) // PROBE_BLOCK_SIZE)
         request, other = (Request(name, tokens, SamplingParams(max_tokens=1)) for name, tokens in _pair(ids))
         pieces = []
         for start, end in zip([0, *cuts], cuts, strict=False):
@@ -197,7 +142,7 @@ class Fallback:
                 Chunk(request=other, start=start, end=end, block_ids=tuple(range(count, 2 * count))),
                 Chunk(request=request, start=start, end=end, block_ids=tuple(range(count))),
             ]
-            hidden = self._hidden(make_batch(chunks, block_size=_PROBE_BLOCK_SIZE, device=device))
+            hidden = self._hidden(make_batch(chunks, block_size=PROBE_BLOCK_SIZE, device=device))
             pieces.append(hidden[end - start :])
         return self.logits(torch.cat(pieces))
 
@@ -228,9 +173,8 @@ def load_fallback(
         )
     _pack_linears(theirs, weights, quantized, ops)
     attention = PagedAttention(their_config.get_text_config())
-    _register_attention()
-    for module in theirs.modules():
-        module.qserve_attention = attention
+    register_attention()
+    attention.join(theirs)
     model = Fallback(theirs, attention)
     is_rounded = any(weight.activation is not ActivationQuantization.NONE for weight in quantized.values())
     # Where inputs are rounded to codes, noise tips some of them; a wrong mask does far more than that.
@@ -270,8 +214,10 @@ def _refuse_what_a_probe_cannot_see(their_config: Any, *, max_positions: int) ->
     rotary = getattr(config, "rope_parameters", None) or {}
     for parameters in (rotary, *(part for part in rotary.values() if isinstance(part, dict))):
         kind = parameters.get("rope_type")
+        if kind not in ("dynamic", "longrope"):
+            continue
         limit = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
-        if kind in ("dynamic", "longrope") and max_positions > limit:
+        if max_positions > limit:
             raise UnsupportedArchitecture(
                 f"{name}: rotary scaling {kind!r} changes with the length of the text, but cached keys cannot."
                 f" Serve the model with at most {limit} positions (--max-model-len {limit})."
@@ -325,20 +271,6 @@ def _pack_linears(
             f"{sorted(rounding)[0]} quantizes its input, but transformers has no linear of that name to give it to."
             " Serve the model with weight-only quantization."
         )
-
-
-def _register_attention() -> None:
-    """The interface is one table for the whole process; the entry has no state, each module holds its own."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(_NAME, _attend)
-
-
-def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    attention: PagedAttention = module.qserve_attention
-    return attention(module, query, key, value, options), None
 
 
 class _Given(nn.Module):

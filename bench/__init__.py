@@ -1,0 +1,1 @@
+"""The measured comparisons; README.md is their journal."""

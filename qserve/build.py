@@ -14,6 +14,7 @@ import torch
 
 from qserve.checkpoint.contents import Checkpoint
 from qserve.checkpoint.detect import detect
+from qserve.checkpoint.hub import resolve
 from qserve.checkpoint.load import open_weights
 from qserve.config import DeviceConfig, EngineConfig, ServerConfig
 from qserve.device.kv_cache import block_bytes, make_cache
@@ -22,7 +23,7 @@ from qserve.device.runner import Model, ModelRunner
 from qserve.engine.engine import Engine
 from qserve.engine.loop import EngineLoop
 from qserve.engine.scheduler import Scheduler
-from qserve.errors import NotACheckpoint, UsageError
+from qserve.errors import UsageError
 from qserve.kernels.build import KernelsUnavailable, count_cores
 from qserve.kernels.native import open_native
 from qserve.kernels.ops import Ops
@@ -37,14 +38,13 @@ _WARM_UP_TOKENS = 64
 
 
 def build_llm(
-    path: Path,
+    model: str | Path,
     *,
-    name: str = "",
     server: ServerConfig | None = None,
     engine: EngineConfig | None = None,
     device: DeviceConfig | None = None,
 ) -> LLM:
-    """Loads the checkpoint at `path` and starts its engine; `name` is what clients ask for if the config says nothing.
+    """Load a model, named by its directory or as ORG/NAME on the hub, and start its engine.
 
     Raises ArtifactError for what is wrong with the files, UsageError for options that cannot be in force.
     """
@@ -53,6 +53,7 @@ def build_llm(
     where = _choose_device(device)
     torch.set_num_threads(device.threads or count_cores())
     with clock.measure("checkpoint"):
+        path = resolve(str(model))
         checkpoint = detect(path)
         for warning in checkpoint.warnings:
             _log.warning("%s", warning)
@@ -64,17 +65,17 @@ def build_llm(
     with clock.measure("weights"):
         limit = _max_model_len(checkpoint, engine)
         weights = open_weights(checkpoint)
-        model = load_model(checkpoint.config, weights, ops=ops, device=where, max_positions=limit)
+        loaded = load_model(checkpoint.config, weights, ops=ops, device=where, max_positions=limit)
     with clock.measure("warm-up"):
         num_blocks = engine.max_running * -(-limit // engine.block_size)  # all that could ever be held at once
-        runner = _make_runner(model, checkpoint, engine=engine, device=device, max_blocks=num_blocks)
+        runner = _make_runner(loaded, checkpoint, engine=engine, device=device, max_blocks=num_blocks)
         runner.warm_up(max_tokens=min(_WARM_UP_TOKENS, engine.max_step_tokens))
-    served_as = server.served_model_name or name or path.resolve().name
+    own_name = path.resolve().name if Path(model).expanduser().exists() else str(model)
     limit = min(limit, runner.num_blocks * engine.block_size)
     info = ModelInfo(
-        name=served_as,
+        name=server.served_model_name or own_name,
         max_model_len=limit,
-        vocabulary_size=model.vocab_size,
+        vocabulary_size=runner.vocab_size,
         created=int(time.time()),
         details={
             **_describe(checkpoint),
@@ -86,14 +87,6 @@ def build_llm(
     metrics = Metrics(info.name, lambda: loop.stats)
     _log.info("%s is loaded in %s; context %d tokens", info.name, clock.report(), limit)
     return LLM(info=info, tokenizer=tokenizer, template=template, loop=loop, metrics=metrics)
-
-
-def find_checkpoint(model: str) -> Path:
-    """The directory of a model that is named by its path, or as ORG/NAME on the model hub."""
-    path = Path(model).expanduser()
-    if path.exists():
-        return path
-    raise NotACheckpoint(f"{model} is neither a directory here nor ORG/NAME on the model hub.")
 
 
 class _Clock:

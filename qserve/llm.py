@@ -277,13 +277,16 @@ class TextAssembler:
         self._prompt_logprobs += event.prompt_logprobs
         self._num_cached_tokens = max(self._num_cached_tokens, event.num_cached_tokens)
         finish_reason: FinishReason | None = event.finish_reason
+        if event.token_id is None and finish_reason is None:
+            return None  # only scores of a part of the prompt; even an echo waits for all of them
         stop_reason: str | int | None = None
         if event.token_id is not None:
             stop_reason = self._add_token(event.token_id, event)
+        if finish_reason is not None and self._stops.matched is None:
+            self._add_text(self._detokenizer.finish())
+            self._text += self._stops.finish()
         if self._stops.matched is not None:
             finish_reason, stop_reason = FinishReason.STOP, self._stops.matched
-        elif finish_reason is not None:
-            self._text += self._stops.feed(self._detokenizer.finish()) + self._stops.finish()
         if not self._text and finish_reason is None:
             return None
         return self._take(finish_reason, stop_reason)
@@ -298,12 +301,15 @@ class TextAssembler:
             piece = self._detokenizer.feed(token_id)
             self._num_characters += len(piece)
             offset = self._find_offset(token_id, piece, before=offset)
-            can_stop = self._num_output_tokens > self._options.sampling.min_tokens
-            self._text += self._stops.feed(piece, can_stop=can_stop)
+            self._add_text(piece)
         if event.logprobs:
             self._logprobs.append(ScoredToken(token_id, offset, event.logprobs))
         is_own = token_id in self._options.sampling.stop_token_ids
         return token_id if is_stop and is_own else None
+
+    def _add_text(self, piece: str) -> None:
+        can_stop = self._num_output_tokens > self._options.sampling.min_tokens
+        self._text += self._stops.feed(piece, can_stop=can_stop)
 
     def _find_offset(self, token_id: int, piece: str, *, before: int) -> int:
         """Where a token's text begins, given the text that became certain with it.

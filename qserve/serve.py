@@ -13,7 +13,6 @@ import sys
 import threading
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -91,23 +90,20 @@ class _Loader:
         then(llm)
 
     def _load(self) -> LLM:
-        path = self._make_demo() if self._model is None else None
+        model = self._make_demo() if self._model is None else self._model
         build = import_module("qserve.build")  # imports torch, which takes a second or two
         server, engine, device = self._configs
-        if path is None:
-            path = build.find_checkpoint(self._model)
-        name = "" if self._model is None or Path(self._model).exists() else self._model
-        llm: LLM = build.build_llm(path, name=name, server=server, engine=engine, device=device)
+        llm: LLM = build.build_llm(model, server=server, engine=engine, device=device)
         return llm
 
-    def _make_demo(self) -> Path:
+    def _make_demo(self) -> str:
         """The artifact's path is the last line that the maker prints; its progress goes to our own stderr."""
         command = [sys.executable, "-m", "training.cli", "demo"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as self._demo:
             printed, _ = self._demo.communicate()
         if self._demo.returncode:
             raise UsageError("The demo model could not be made; what went wrong stands above. Name a model instead.")
-        return Path(printed.strip().splitlines()[-1])
+        return printed.strip().splitlines()[-1]
 
 
 class _Server(uvicorn.Server):

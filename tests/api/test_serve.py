@@ -135,7 +135,7 @@ def test_what_takes_longer_than_the_drain_ends_with_an_error(checkpoint: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["/nowhere/at/all"], "neither a directory here nor"),
+        (["/nowhere/at/all"], "does not exist; expected the directory"),
         (["--max-running", "2", "--max-step-tokens", "1", "CHECKPOINT"], "max_step_tokens"),
         (["--max-model-len", "10000", "CHECKPOINT"], "the model's own limit is 512"),
         (["--host", "256.0.0.1"], "Cannot listen on"),

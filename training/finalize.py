@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_DESCRIPTION = """\
+Quantize a float model and write it, with tokenizer, chat template, generation
+config and the record of what it was made from. The directory appears when it is
+complete; a run that is cut off leaves nothing half-made.
+"""
 _EXAMPLES = """\
 examples:
   qserve-train finalize model --out model-int4 --quantize int8-dynamic-act-int4-weight
@@ -67,10 +72,7 @@ class Finalize:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Quantize a float model and write it, with tokenizer, chat template, generation config and the record of what "
-        "it was made from. The directory appears when it is complete; a run that is cut off leaves nothing half-made."
-    )
+    parser.description = _DESCRIPTION
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument

@@ -31,4 +31,4 @@ types: setup
 	$(BIN)/mypy
 
 test: setup lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -22,10 +22,19 @@ from qserve.errors import UsageError
 def new_directory(destination: Path) -> Iterator[Path]:
     """A directory to write into; becomes `destination` when the block ends, vanishes when it raises.
 
-    Raises UsageError where `destination` exists already.
+    Raises UsageError where `destination` exists already, and where it cannot be written: a full disk, no permission.
     """
     destination = destination.absolute()
     _require_absent(destination)
+    try:
+        with _partial(destination) as partial:
+            yield partial
+    except OSError as error:
+        raise UsageError(f"{destination} could not be written ({error}); nothing was left of it") from error
+
+
+@contextmanager
+def _partial(destination: Path) -> Iterator[Path]:
     destination.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{destination.name}.partial-"
     _sweep(destination.parent, prefix)

@@ -206,6 +206,35 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    model = tiny.make_model()
+    with pytest.raises(UsageError, match="could not be written"):
+        save(tmp_path / "file" / "out", model.state_dict(), config=model.config.to_dict())
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from qserve.checkpoint.save import save
+from qserve.errors import UsageError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save(Path(sys.argv[1], "out"), {"weight": torch.zeros(50_000)}, config={"model_type": "llama"})
+except UsageError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
+    """The operating system refuses to write beyond a limit, as it does when the disk is full."""
+    child = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "could not be written" in child.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_writers_of_one_destination(tmp_path: Path) -> None:
     """The second does not sweep away what the first is writing; the first to end wins."""
     slow_writer = new_directory(tmp_path / "out")

@@ -19,7 +19,7 @@ _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 def require_agreement(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
     """Raises BrokenCheckpoint with both figures where they differ."""
     text = config.get("text_config", config)
-    embeddings = [info for name, info in tensors.items() if EMBEDDING.fullmatch(name)]
+    embeddings = [info for name, info in tensors.items() if EMBEDDING.fullmatch(name) and len(info.shape) == 2]
     if len(embeddings) != 1:  # none, or several (encoder and decoder): nothing to compare with
         return
     embedding = embeddings[0]

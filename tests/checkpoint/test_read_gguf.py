@@ -17,20 +17,27 @@ from tests import tiny
 
 ROTATES_NEIGHBOURS = ("llama", "smollm3", "granite")
 SMALL_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+# What such a file cannot say is set to what llama.cpp takes for granted.
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied": {"tie_word_embeddings": True},
     "llama-biased": {"attention_bias": True},
     "llama-wide-heads": {"head_dim": 32},
-    "smollm3": {"tie_word_embeddings": True, "num_hidden_layers": 4},
+    "smollm3": {"tie_word_embeddings": True, "num_hidden_layers": 4, "no_rope_layer_interval": 4},
     "granite": {"attention_multiplier": 0.5, "embedding_multiplier": 3.0, "residual_multiplier": 0.25},
-    "qwen2": {},
+    "qwen2": {"use_sliding_window": False},
     "qwen3": {"head_dim": 32},
     "olmo2": {},
     "phi3": {"sliding_window": 16},
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
-    "gemma3": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "num_hidden_layers": 6},
+    "gemma3": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "num_hidden_layers": 6,
+        "layer_types": None,
+    },
 }
 
 
@@ -59,8 +66,8 @@ def write_gguf(file: Path, model: Any, *, architecture: str, extra: dict[str, np
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_key_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
     rope = config.rope_parameters
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     writer.add_bos_token_id(1)
     for key, name in FAMILIES[architecture].keys.items():

@@ -71,10 +71,12 @@ def build_llm(
         runner = _make_runner(loaded, checkpoint, engine=engine, device=device, max_blocks=num_blocks)
         runner.warm_up(max_tokens=min(_WARM_UP_TOKENS, engine.max_step_tokens))
     own_name = path.resolve().name if Path(model).expanduser().exists() else str(model)
-    limit = min(limit, runner.num_blocks * engine.block_size)
+    room = runner.num_blocks * engine.block_size
+    if room < limit:
+        _log.warning("the cache holds %d tokens, so the context is cut from %d; --kv-cache-mb gives more", room, limit)
     info = ModelInfo(
         name=server.served_model_name or own_name,
-        max_model_len=limit,
+        max_model_len=min(limit, room),
         vocabulary_size=runner.vocab_size,
         created=int(time.time()),
         details={
@@ -85,7 +87,7 @@ def build_llm(
     )
     loop = EngineLoop(Engine(Scheduler(engine, runner.num_blocks), runner)).start()
     metrics = Metrics(info.name, lambda: loop.stats)
-    _log.info("%s is loaded in %s; context %d tokens", info.name, clock.report(), limit)
+    _log.info("%s is loaded in %s; context %d tokens", info.name, clock.report(), info.max_model_len)
     return LLM(info=info, tokenizer=tokenizer, template=template, loop=loop, metrics=metrics)
 
 

@@ -23,9 +23,10 @@ LAYERS: dict[str, set[str]] = {
     "qserve.kernels": {"qserve.quant.weight"},
     "qserve.checkpoint": {"qserve.quant", "qserve.quant.weight"},
     "qserve.device": {"qserve.kernels", "qserve.quant", "qserve.quant.weight", "qserve.engine.request"},
-    "qserve.llm": {"qserve.text", "qserve.engine", "qserve.engine.request"},
+    "qserve.generation": {"qserve.text", "qserve.engine.request"},
+    "qserve.llm": {"qserve.generation", "qserve.text", "qserve.engine", "qserve.engine.request"},
     # engine.request is what both sides of the engine say to each other; protocol.py builds its SamplingParams.
-    "qserve.api": {"qserve.llm", "qserve.text", "qserve.engine.request"},
+    "qserve.api": {"qserve.llm", "qserve.generation", "qserve.text", "qserve.engine.request"},
     "qserve.build": {
         "qserve.llm",
         "qserve.text",

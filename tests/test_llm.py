@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qserve.engine.request import FinishReason, SamplingParams, TokenEvent, TokenLogprob
 from qserve.errors import ContextLengthExceeded, InvalidRequest, NotReady
-from qserve.llm import GenerationOptions, Prompt, TextAssembler, TextDelta
+from qserve.generation import GenerationOptions, Prompt, TextAssembler, TextDelta
 from qserve.text.tokenizer import Tokenizer, load_tokenizer
 from tests import tiny
 from tests.api.conftest import make_llm

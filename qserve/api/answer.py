@@ -18,7 +18,8 @@ from starlette.types import Receive
 from qserve.api.logprobs import LogprobWriter
 from qserve.api.protocol import GenerationRequest
 from qserve.api.stream import Envelope, EventStream, StreamForm, UsageCounter, write_frames
-from qserve.llm import LLM, Generation, GenerationOptions, Prompt, ScoredToken, TextDelta, merge
+from qserve.generation import GenerationOptions, Prompt, ScoredToken, TextDelta
+from qserve.llm import LLM, Generation, merge
 
 _T = TypeVar("_T")
 _SEEDS = 2**63

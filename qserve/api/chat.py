@@ -11,7 +11,8 @@ from qserve.api.answer import Plan, answer
 from qserve.api.logprobs import LogprobWriter
 from qserve.api.protocol import ChatMessage, ChatRequest, parse
 from qserve.api.service import Service
-from qserve.llm import LLM, Prompt
+from qserve.generation import Prompt
+from qserve.llm import LLM
 
 
 async def chat_completions(request: Request) -> Response:

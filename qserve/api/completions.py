@@ -9,7 +9,8 @@ from qserve.api.answer import Plan, answer
 from qserve.api.logprobs import LogprobWriter
 from qserve.api.protocol import CompletionRequest, parse
 from qserve.api.service import Service
-from qserve.llm import LLM, GenerationOptions, Prompt
+from qserve.generation import GenerationOptions, Prompt
+from qserve.llm import LLM
 
 
 async def completions(request: Request) -> Response:

@@ -1,10 +1,9 @@
 """Log-probabilities in the shapes that OpenAI (completions and chat) and vLLM (prompt_logprobs) gave them."""
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qserve.llm import ScoredToken
+from qserve.generation import ScoredToken
 from qserve.text.tokenizer import Tokenizer
 
 _LOWEST = -9999.0  # JSON has no infinity
@@ -64,11 +63,6 @@ class LogprobWriter:
             }
             for entry in token.logprobs
         }
-
-
-def to_json(value: Any) -> str:
-    """Compact and ASCII: a raw U+2028 would break the line readers of some clients."""
-    return json.dumps(value, separators=(",", ":"))
 
 
 def _number(logprob: float) -> float:

@@ -10,82 +10,28 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, from_json
 
+from qserve.api.not_served import (
+    BOOKKEEPING,
+    NOT_SERVED_IN_CHAT,
+    NOT_SERVED_IN_COMPLETIONS,
+    Neutral,
+    refuse_what_is_not_served,
+)
 from qserve.engine.request import SamplingParams
 from qserve.errors import InvalidRequest
-from qserve.llm import GenerationOptions
+from qserve.generation import GenerationOptions
 
 _LONGEST_ECHO = 80
 _MAX_PROMPTS = 1024
 _MAX_STOPS = 64
 _MAX_STOP_LENGTH = 1000
 
-# Values that ask for nothing, of fields that are not served: they may be sent, anything else is refused.
-_Neutral = tuple[Any, ...]
-_NOT_SERVED_ANYWHERE: dict[str, _Neutral] = {
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "cache_salt": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "kv_transfer_params": (),
-    "length_penalty": (1, 1.0),
-    "logits_processors": ([],),
-    "logprob_token_ids": (),
-    "repetition_detection": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "thinking_token_budget": (),
-    "top_n_sigma": (),
-    "typical_p": (1, 1.0),
-    "use_beam_search": (False,),
-    "vllm_xargs": ({},),
-}
-_NOT_SERVED_IN_COMPLETIONS: dict[str, _Neutral] = {**_NOT_SERVED_ANYWHERE, "suffix": ("",)}
-_NOT_SERVED_IN_CHAT: dict[str, _Neutral] = {
-    **_NOT_SERVED_ANYWHERE,
-    "add_special_tokens": (False,),
-    "audio": (),
-    "chat_template": (),
-    "documents": ([],),
-    "echo": (False,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "media_io_kwargs": ({},),
-    "mm_processor_kwargs": ({},),
-    "modalities": (["text"],),
-    "moderation": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
-# Fields that only name the caller or his bookkeeping; no answer could depend on them.
-_BOOKKEEPING = frozenset(
-    {
-        "metadata",
-        "parallel_tool_calls",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "request_id",
-        "safety_identifier",
-        "service_tier",
-        "session_id",
-        "user",
-    }
-)
-
 
 class _Wire(BaseModel):
     """A JSON object of a request."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
-    not_served: ClassVar[Mapping[str, _Neutral]] = {}
+    not_served: ClassVar[Mapping[str, Neutral]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -204,7 +150,7 @@ class GenerationRequest(_Wire):
 
 
 class CompletionRequest(GenerationRequest):
-    not_served = _NOT_SERVED_IN_COMPLETIONS
+    not_served = NOT_SERVED_IN_COMPLETIONS
 
     prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_check_prompt)]
     max_tokens: int = Field(16, ge=0)
@@ -248,7 +194,7 @@ class ChatMessage(_Wire):
 
 
 class ChatRequest(GenerationRequest):
-    not_served = _NOT_SERVED_IN_CHAT
+    not_served = NOT_SERVED_IN_CHAT
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=0)
@@ -308,20 +254,13 @@ def parse(kind: type[T], body: bytes) -> tuple[T, list[str]]:
         raise InvalidRequest(f"The body is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise InvalidRequest(f"The body must be a JSON object, not {type(fields).__name__}.")
-    _refuse_what_is_not_served(kind, fields)
+    refuse_what_is_not_served(fields, kind.not_served)
     try:
         request = kind.model_validate(fields)
     except ValidationError as error:
         raise _as_invalid_request(error.errors(include_url=False)[0]) from error
-    known = kind.model_fields.keys() | kind.not_served.keys() | _BOOKKEEPING
+    known = kind.model_fields.keys() | kind.not_served.keys() | BOOKKEEPING
     return request, sorted(fields.keys() - known)
-
-
-def _refuse_what_is_not_served(kind: type[_Wire], fields: Mapping[str, Any]) -> None:
-    for name, neutral in kind.not_served.items():
-        value = fields.get(name)
-        if value is not None and value not in neutral:
-            raise InvalidRequest(f"{name} is not supported by this server; leave it out.", param=name)
 
 
 def _as_invalid_request(details: ErrorDetails) -> InvalidRequest:

@@ -4,6 +4,7 @@ Frames end in "\n\n" (some clients split on exactly that), hold ASCII alone, and
 is the same in every frame of a choice is written once; a frame then costs the text's own quoting and a join.
 """
 
+import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from sse_starlette import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
 from qserve.api.errors import error_frame
-from qserve.api.logprobs import to_json
 from qserve.errors import QserveError
-from qserve.llm import Generation, ScoredToken, TextDelta, merge
+from qserve.generation import ScoredToken, TextDelta
+from qserve.llm import Generation, merge
 
 _DONE = b"data: [DONE]\n\n"
+# Compact, and ASCII: a raw U+2028 would break the line readers of some clients. Made once, for it is used every token.
+to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 class EventStream(EventSourceResponse):

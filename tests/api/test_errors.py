@@ -176,7 +176,9 @@ def test_api_keys(tokenizer_directory: Path) -> None:
 def test_a_full_queue(tokenizer_directory: Path) -> None:
     engine = EngineConfig(max_running=1, max_queued=2, max_step_tokens=64)
     with serving(tokenizer_directory, engine=engine) as server:
+        server.runner.gate.clear()
         response = httpx.post(server.url + "/v1/completions", json={"prompt": "x", "n": 4, "stream": True})
+        server.runner.gate.set()
         error = error_of(response, 429)
         assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
         assert int(response.headers["retry-after"]) > 0

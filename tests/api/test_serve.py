@@ -15,8 +15,11 @@ from typing import Any
 import httpx
 import pytest
 
+from qserve.api.service import Service
+from qserve.config import ServerConfig
+from qserve.serve import _listen, _Server
 from tests import tiny
-from tests.api.conftest import wait_until
+from tests.api.conftest import make_llm, wait_until
 
 COMMAND = [sys.executable, "-m", "qserve.cli", "serve"]
 LONG = {"prompt": "Hello", "max_tokens": 500, "stream": True, "ignore_eos": True, "temperature": 0}
@@ -149,3 +152,20 @@ def test_what_the_operator_can_put_right_is_one_line(checkpoint: Path, arguments
     assert ended.returncode == 1, ended.stderr
     assert message in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
+
+
+def test_a_server_whose_engine_has_died_ends_and_says_so(tokenizer_directory: Path) -> None:
+    """A supervisor is to start another, and clients are told in the meantime."""
+    llm, runner = make_llm(tokenizer_directory)
+    config = ServerConfig(port=0)
+    server = _Server(config, Service(llm))
+    with _listen(config) as listening:
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        runner.fault = RuntimeError("the device is on fire")
+        port = listening.getsockname()[1]
+        response = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "x"}, timeout=30)
+        assert response.json()["error"]["code"] == "engine_dead"
+        thread.join(timeout=30)
+    assert not thread.is_alive()
+    assert server.engine_has_died

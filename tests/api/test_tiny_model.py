@@ -18,7 +18,8 @@ from qserve.api.service import Service
 from qserve.build import build_llm
 from qserve.config import DeviceConfig, EngineConfig
 from qserve.engine.request import SamplingParams
-from qserve.llm import LLM, GenerationOptions
+from qserve.generation import GenerationOptions
+from qserve.llm import LLM
 from tests import tiny
 from tests.api.conftest import listening, wait_until
 

@@ -1,0 +1,74 @@
+"""Fields that OpenAI or vLLM have and this server has not: they are refused by name, for none may be without effect."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qserve.errors import InvalidRequest
+
+# Values that ask for nothing, of fields that are not served: they may be sent, anything else is refused.
+Neutral = tuple[Any, ...]
+_NOT_SERVED_ANYWHERE: dict[str, Neutral] = {
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "cache_salt": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "kv_transfer_params": (),
+    "length_penalty": (1, 1.0),
+    "logits_processors": ([],),
+    "logprob_token_ids": (),
+    "repetition_detection": (),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "thinking_token_budget": (),
+    "top_n_sigma": (),
+    "typical_p": (1, 1.0),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+}
+NOT_SERVED_IN_COMPLETIONS: dict[str, Neutral] = {**_NOT_SERVED_ANYWHERE, "suffix": ("",)}
+NOT_SERVED_IN_CHAT: dict[str, Neutral] = {
+    **_NOT_SERVED_ANYWHERE,
+    "add_special_tokens": (False,),
+    "audio": (),
+    "chat_template": (),
+    "documents": ([],),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+# Fields that only name the caller or his bookkeeping; no answer could depend on them.
+BOOKKEEPING = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "session_id",
+        "user",
+    }
+)
+
+
+def refuse_what_is_not_served(fields: Mapping[str, Any], not_served: Mapping[str, Neutral]) -> None:
+    for name, neutral in not_served.items():
+        value = fields.get(name)
+        if value is not None and value not in neutral:
+            raise InvalidRequest(f"{name} is not supported by this server; leave it out.", param=name)

@@ -122,7 +122,7 @@ def _import(model: DemoModel, out: Path, console: Console) -> None:
 def _finalize(model: DemoModel, source: Path, out: Path, console: Console) -> None:
     from training.finalize import Finalize, finalize  # loads torch
 
-    plan = Finalize(source=source, out=out, recipe=model.recipe, group_size=model.group_size, head=model.head)
+    plan = Finalize(source=str(source), out=out, recipe=model.recipe, group_size=model.group_size, head=model.head)
     finalize(plan, console=console)
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from qserve.checkpoint.contents import Checkpoint
 from qserve.checkpoint.detect import detect
+from qserve.checkpoint.hub import resolve
 from qserve.checkpoint.load import load_model
 from qserve.checkpoint.save import CARRIED_FILES, MAX_SHARD_BYTES, save
 from qserve.errors import UsageError
@@ -52,7 +53,7 @@ examples:
 class Finalize:
     """What is to be made of what."""
 
-    source: Path
+    source: str  # a directory, or ORG/NAME on the hub
     out: Path
     recipe: str
     head: str | None = None  # None: as the recipe says
@@ -76,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("source", type=Path, metavar="SOURCE", help="directory of a float checkpoint of transformers")
+    add("source", metavar="SOURCE", help="a float checkpoint of transformers: its directory, or ORG/NAME on the hub")
     add("--out", type=Path, required=True, metavar="DIR", help="the new directory")
     add("--quantize", required=True, metavar="RECIPE", help=f"{', '.join(RECIPES)}; start with {DEFAULT_RECIPE}")
     add(
@@ -151,7 +152,7 @@ def _survey(wanted: Finalize) -> tuple[Checkpoint, nn.Module, "Account"]:
     require_absent(wanted.out)
     recipe = find_recipe(wanted.recipe)
     recipe.demand("make")
-    checkpoint = detect(wanted.source)
+    checkpoint = detect(resolve(wanted.source))
     _require_float(checkpoint)
     model = load_model(checkpoint, dtype=wanted.torch_dtype)
     plan = make_plan(model, recipe, head=wanted.head, group_size=wanted.group_size)
@@ -176,9 +177,11 @@ def _config(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any]:
 
 
 def _provenance(wanted: Finalize, checkpoint: Checkpoint) -> dict[str, Any]:
+    local = Path(wanted.source)
+    name = local.resolve().name if local.exists() else wanted.source
     return {
         "method": "rounding after training",
-        "source": {"name": checkpoint.path.resolve().name, "sha256": describe_source(checkpoint.files)},
+        "source": {"name": name, "sha256": describe_source(checkpoint.files)},
         "options": wanted.options,
     }
 

@@ -19,7 +19,7 @@ from training.finalize import Finalize, finalize, rehearse
 
 
 def main() -> None:
-    wanted = Finalize(source=Path(sys.argv[1]), out=Path(sys.argv[2]), recipe="int4-weight-only", group_size=32)
+    wanted = Finalize(source=sys.argv[1], out=Path(sys.argv[2]), recipe="int4-weight-only", group_size=32)
     torch.set_num_threads(1)  # threads would not survive a fork
     rehearse(wanted, console=Console(quiet=True))  # imports everything, once for all forks
     for number in itertools.count(1):

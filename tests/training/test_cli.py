@@ -42,10 +42,10 @@ def test_recipes_are_all_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_the_system_refuses_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").write_text("in the way")
     source = make_checkpoint(tmp_path / "source")
     capsys.readouterr()
-    assert main(["finalize", str(source), "--out", str(tmp_path / "file" / "out"), "--quantize", "mixed"]) == 1
+    too_long = tmp_path / ("out" * 100)
+    assert main(["finalize", str(source), "--out", str(too_long), "--quantize", "mixed"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("qserve-train: [Errno ")
     assert said.count("\n") == 1

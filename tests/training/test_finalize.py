@@ -103,8 +103,8 @@ def test_the_head_is_what_was_asked_for(head: HeadPolicy, source: Path, tmp_path
     assert checkpoint.tensors["model.embed_tokens.weight"].class_name == "Tensor"
 
 
-def test_the_demo_recipe_is_the_only_one_that_holds_blocks_with_a_minimum(source: Path, tmp_path: Path) -> None:
-    """Weights that lie on 16 levels in each group of 32 come through int4-weight-only unchanged, within bfloat16."""
+def test_blocks_with_a_minimum_come_through_unchanged(source: Path, tmp_path: Path) -> None:
+    """What the demo rests on: weights that lie on 16 levels in each group of 32 lose nothing by int4-weight-only."""
     on_levels = tmp_path / "levels"
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
@@ -219,6 +219,11 @@ def test_a_quantized_source_is_refused_with_the_way_out(
     assert run(tmp_path / "once", "--out", tmp_path / "twice", "--quantize", "int4-weight-only") == 2
     assert "quantized already by the recipe int8-weight-only" in capsys.readouterr().err
     assert not (tmp_path / "twice").exists()
+
+
+def test_a_source_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "none", "--out", tmp_path / "out", "--quantize", "mixed") == 2
+    assert "does not exist; expected the directory of a checkpoint" in capsys.readouterr().err
 
 
 def test_a_size_is_read_as_people_write_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

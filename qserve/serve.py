@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     loader.cancel()
     if loader.failure is not None:
         raise loader.failure
-    return 1 if server.engine_has_died else 0
+    return 1 if server.engine_has_died or loader.has_crashed else 0
 
 
 class _Loader:
@@ -70,6 +70,7 @@ class _Loader:
         self._configs = configs
         self._demo: subprocess.Popen[str] | None = None
         self.failure: QserveError | None = None
+        self.has_crashed = False
 
     def start(self, *, then: Callable[[LLM], None], on_failure: Callable[[], None]) -> None:
         threading.Thread(target=self._run, args=(then, on_failure), name="qserve-loader", daemon=True).start()
@@ -82,12 +83,15 @@ class _Loader:
     def _run(self, then: Callable[[LLM], None], on_failure: Callable[[], None]) -> None:
         try:
             llm = self._load()
+            self._service.open(llm)
+            then(llm)
         except QserveError as error:
             self.failure = error
             on_failure()
-            return
-        self._service.open(llm)
-        then(llm)
+        except BaseException:  # a server that never becomes ready must not stay; the trace goes to stderr
+            self.has_crashed = True
+            on_failure()
+            raise
 
     def _load(self) -> LLM:
         model = self._make_demo() if self._model is None else self._model

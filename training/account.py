@@ -28,7 +28,7 @@ class Account:
     lines: tuple["Line", ...]
     bytes_before: int
     bytes_after: int
-    num_weights: int  # of the model before
+    num_weights: int  # stored afterwards: a head that was tied counts apart from the embedding
     quantized_bytes: int
     quantized_weights: int
 
@@ -50,13 +50,14 @@ def draw_up(model: nn.Module, plan: Plan) -> Account:
     }
     shapes = {name: model.get_submodule(name).get_parameter("weight").shape for name in plan.chosen}
     quantized_bytes = _quantized_bytes(model, plan)
+    quantized_weights = sum(shape.numel() for shape in shapes.values())
     return Account(
         lines=tuple(_lines(model, plan)),
         bytes_before=num_bytes(model),
         bytes_after=sum(parameter.nbytes for parameter in kept.values()) + quantized_bytes,
-        num_weights=sum(parameter.numel() for parameter in model.parameters()),
+        num_weights=sum(parameter.numel() for parameter in kept.values()) + quantized_weights,
         quantized_bytes=quantized_bytes,
-        quantized_weights=sum(shape.numel() for shape in shapes.values()),
+        quantized_weights=quantized_weights,
     )
 
 

@@ -27,8 +27,8 @@ TOKENS = prompt(48)
 # torchao multiplies these with an accelerator alone. The dequantized model stands in, its inputs rounded one by one.
 NEEDS_ACCELERATOR = ("int4-weight-only", "float8-dynamic-act-float8-weight", "float8-dynamic-act-int4-weight")
 # Relative errors of all logits together. The compiled kernels hold a float input of an integer weight in 16 bits or
-# more. Rounded inputs move by a step where sums run in another order than torchao's: a token's largest value always lies
-# on the edge between two int8 codes when the scale is symmetric, for torchao divides by 127.5.
+# more. Rounded inputs move by a step where sums run in another order than torchao's: with a symmetric scale a token's
+# largest value always lies on the edge between two int8 codes, for torchao divides by 127.5.
 CLOSE, MOVED = 5e-4, 5e-2
 
 

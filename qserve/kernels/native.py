@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qserve.errors import UnsupportedWeight
 from qserve.kernels.build import Progress, Variant, choose_variant, count_cores, load_library
 from qserve.kernels.linear import Linear, join_biases, join_weights
 from qserve.kernels.ops import Activation, AttentionSpec, Batch, CacheLayer, Norm, NormKind, Rotary
-from qserve.kernels.packing import PackedWeight, pack_weight
+from qserve.kernels.packing import KERNEL_ACTIVATIONS, PackedWeight, pack_weight
 from qserve.kernels.recorder import Recorder
-from qserve.kernels.reference import select_rows
+from qserve.kernels.reference import ACTIVATIONS, normalize, select_rows
+from qserve.kernels.reference_activations import ROUND_TRIPS
 from qserve.kernels.stages import (
     FLOAT_TYPES,
     AttentionStruct,
@@ -47,6 +49,7 @@ class NativeLinear:
     bias: Tensor | None
     struct: LinearStruct
     kernel: str
+    round_input: Callable[[Tensor], Tensor] | None  # done before the kernel, where that does not do it itself
 
     @property
     def in_features(self) -> int:
@@ -71,6 +74,7 @@ class NativeOps:
         self._step = StepStruct()
         self._batch: Batch | None = None
         self._recorder = Recorder()
+        self._rounded: Tensor | None = None  # keeps a stage's input while the kernel reads it
 
     @property
     def variant(self) -> str:
@@ -102,15 +106,14 @@ class NativeOps:
             kind=StageKind.EMBED if is_batch else StageKind.SELECT,
             input=table.data_ptr(),
             index=token_ids.data_ptr(),
+            step=pointer(self._step),
             table_type=FLOAT_TYPES[table.dtype],
             scale=scale,
         )
         return self._run(stage, rows=len(token_ids), width=table.shape[1])
 
     def norm_linear(self, x: Tensor, norm: Norm | None, linear: Linear) -> Tensor:
-        stage = _linear_stage(x, linear)
-        self._set_norm(stage, "norm", norm)
-        return self._run(stage, rows=x.shape[0], width=linear.out_features)
+        return self._run(self._linear_stage(x, linear, norm=norm), rows=x.shape[0], width=linear.out_features)
 
     def rotate_and_store(
         self, qkv: Tensor, attention: AttentionSpec, rotary: Rotary | None, batch: Batch, cache: CacheLayer
@@ -125,7 +128,7 @@ class NativeOps:
     def linear_add(
         self, x: Tensor, linear: Linear, residual: Tensor, *, post_norm: Norm | None = None, multiplier: float = 1.0
     ) -> Tensor:
-        return self._add(_linear_stage(x, linear), residual, post_norm, multiplier)
+        return self._add(self._linear_stage(x, linear), residual, post_norm, multiplier)
 
     def gated_linear_add(
         self,
@@ -137,19 +140,33 @@ class NativeOps:
         post_norm: Norm | None = None,
         multiplier: float = 1.0,
     ) -> Tensor:
-        stage = _linear_stage(gate_up, linear)
-        stage.preparation = _GATED
-        stage.gate = _GATES[activation]
+        stage = self._linear_stage(gate_up, linear, activation=activation)
         return self._add(stage, residual, post_norm, multiplier)
 
     def head(
         self, x: Tensor, norm: Norm | None, linear: Linear, *, scale: float = 1.0, soft_cap: float | None = None
     ) -> Tensor:
-        stage = _linear_stage(x, linear)
+        stage = self._linear_stage(x, linear, norm=norm)
         stage.scale = scale
         stage.soft_cap = soft_cap or 0.0
-        self._set_norm(stage, "norm", norm)
         return self._run(stage, rows=x.shape[0], width=linear.out_features)
+
+    def _linear_stage(
+        self, x: Tensor, linear: Linear, *, norm: Norm | None = None, activation: Activation | None = None
+    ) -> StageStruct:
+        assert isinstance(linear, NativeLinear), type(linear)
+        if linear.round_input is not None:
+            self._recorder.give_up()
+            x = self._rounded = linear.round_input(_plain_input(x, norm, activation)).contiguous()
+            norm = activation = None
+        assert x.is_contiguous(), x.stride()
+        assert x.dtype == torch.float32, x.dtype
+        stage = StageStruct(kind=StageKind.LINEAR, input=x.data_ptr(), linear=pointer(linear.struct), scale=1.0)
+        if activation is not None:
+            stage.preparation = _GATED
+            stage.gate = _GATES[activation]
+        self._set_norm(stage, "norm", norm)
+        return stage
 
     def _add(self, stage: StageStruct, residual: Tensor, post_norm: Norm | None, multiplier: float) -> Tensor:
         """The residual's memory takes the result."""
@@ -248,7 +265,9 @@ def open_native(
 
 def pack_linear(weights: Sequence[Weight], *, biases: Sequence[Tensor | None], variant: Variant) -> NativeLinear:
     bias = join_biases(weights, biases)
-    packed = tuple(pack_weight(weight) for weight in join_weights(weights))
+    joined = join_weights(weights)
+    round_input = _choose_rounding(joined)
+    packed = tuple(pack_weight(weight, is_rounded=round_input is not None) for weight in joined)
     columns = accumulate((weight.out_features for weight in packed), initial=0)
     structs = [weight.to_struct(column=column) for weight, column in zip(packed, columns, strict=False)]
     struct = LinearStruct(
@@ -259,14 +278,29 @@ def pack_linear(weights: Sequence[Weight], *, biases: Sequence[Tensor | None], v
         out_features=sum(weight.out_features for weight in packed),
     )
     kernel = "+".join(dict.fromkeys(f"{variant.name}-{weight.name}" for weight in packed))
-    return NativeLinear(weights=packed, bias=bias, struct=struct, kernel=kernel)
+    return NativeLinear(weights=packed, bias=bias, struct=struct, kernel=kernel, round_input=round_input)
 
 
-def _linear_stage(x: Tensor, linear: Linear) -> StageStruct:
-    assert isinstance(linear, NativeLinear), type(linear)
-    assert x.is_contiguous(), x.stride()
-    assert x.dtype == torch.float32, x.dtype
-    return StageStruct(kind=StageKind.LINEAR, input=x.data_ptr(), linear=pointer(linear.struct), scale=1.0)
+def _choose_rounding(weights: Sequence[Weight]) -> Callable[[Tensor], Tensor] | None:
+    """The input's way through its rarer quantizations, in plain torch, once for all weights that share the input."""
+    quantized = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
+    if all(weight.activation in KERNEL_ACTIVATIONS for weight in quantized):
+        return None
+    first = quantized[0]
+    if len(quantized) < len(weights) or len({(w.activation, w.pre_scale is None) for w in quantized}) > 1:
+        kinds = ", ".join("float" if isinstance(w, Tensor) else w.activation.value for w in weights)
+        raise UnsupportedWeight(
+            f"Weights that share one input quantize it differently: {kinds}. Quantize them alike, or leave all float."
+        )
+    round_trip, pre_scale = ROUND_TRIPS[first.activation], first.pre_scale
+    return round_trip if pre_scale is None else lambda x: round_trip(x * pre_scale)
+
+
+def _plain_input(x: Tensor, norm: Norm | None, activation: Activation | None) -> Tensor:
+    if activation is None:
+        return normalize(x, norm)
+    gate, up = x.chunk(2, dim=-1)
+    return ACTIVATIONS[activation](gate) * up
 
 
 def _mirror_norm(norm: Norm) -> NormStruct:

@@ -17,7 +17,7 @@ one run of memory, group after group. Numbers keep their stored width: nothing i
 A group is padded at its end with codes that mean zero, a last tile with channels of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,8 @@ from qserve.quant.weight import ActivationQuantization, QuantizedWeight, Weight
 
 LANES = 16
 _MAX_SHORT_GROUP = 256  # up to here 16-bit inputs times 8-bit codes add up within 32 bits
-_ACTIVATIONS = {
+# What the kernels quantize themselves; any other kind is a float input to them, rounded before it comes.
+KERNEL_ACTIVATIONS = {
     ActivationQuantization.NONE: 0,
     ActivationQuantization.INT8_ASYMMETRIC: 1,
     ActivationQuantization.INT8_SYMMETRIC: 2,
@@ -86,7 +87,7 @@ class PackedWeight:
             value_type=self.value_type,
             scale_type=0 if self.scales is None else FLOAT_TYPES[self.scales.dtype],
             offset_type=0 if self.offsets is None else FLOAT_TYPES[self.offsets.dtype],
-            activation=_ACTIVATIONS[self.activation],
+            activation=KERNEL_ACTIVATIONS.get(self.activation, 0),
             planes=self.planes,
             out_features=self.out_features,
             in_features=self.in_features,
@@ -98,8 +99,10 @@ class PackedWeight:
         )
 
 
-def pack_weight(weight: Weight) -> PackedWeight:
-    """Lay out one weight, quantized or not."""
+def pack_weight(weight: Weight, *, is_rounded: bool = False) -> PackedWeight:
+    """Lay out one weight, quantized or not. An input that `is_rounded` comes scaled and quantized already."""
+    if is_rounded and isinstance(weight, QuantizedWeight):
+        weight = replace(weight, activation=ActivationQuantization.NONE, pre_scale=None)
     if isinstance(weight, Tensor):
         return _pack_plain(weight)
     if weight.codes.dtype == torch.int8:
@@ -152,6 +155,8 @@ def _pack_values(
 
 
 def _pack_integer(weight: QuantizedWeight) -> PackedWeight:
+    if weight.zero_points is not None and weight.zero_points.is_floating_point():
+        weight = _fold_zero_points(weight, weight.zero_points)
     out_features, in_features = weight.shape
     code_bias = _choose_bias(weight)
     is_nibble = code_bias < 128
@@ -177,6 +182,14 @@ def _pack_integer(weight: QuantizedWeight) -> PackedWeight:
         padded_group=padded_group,
         code_bias=code_bias,
     )
+
+
+def _fold_zero_points(weight: QuantizedWeight, zero_points: Tensor) -> QuantizedWeight:
+    """Learned zero points are floats: -zero * scale is as good an offset."""
+    offsets = -zero_points.to(torch.float32) * weight.scales.to(torch.float32)
+    if weight.offsets is not None:
+        offsets = offsets + weight.offsets.to(torch.float32)
+    return replace(weight, zero_points=None, offsets=offsets)
 
 
 def _choose_bias(weight: QuantizedWeight) -> int:

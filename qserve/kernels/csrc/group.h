@@ -18,14 +18,18 @@ QSERVE_INLINE GroupScales load_scales(const Weight& w, int64_t index) {
   return group;
 }
 
-// sums[p] are the planes' dot products with codes whose zero is already taken away.
+// sums[p] are the planes' dot products with codes whose zero is already taken away. With int8 inputs each operation
+// is rounded, as the recipe's formula says; exact inputs have no formula to agree with, and may be fused.
 template <int Planes>
 QSERVE_INLINE F32 add_group(F32 y, const I32* sums, const GroupScales& group, float input_scale, float total) {
   if constexpr (Planes == 1) y += group.scale * to_float(sums[0]);
-  if constexpr (Planes == 2) y += group.scale * splat(input_scale) * to_float((sums[0] << 8) + sums[1]);
-  if constexpr (Planes == 3)
-    y += group.scale * ((to_float(sums[0]) * splat(256.0f) + to_float(sums[1])) * splat(256.0f) + to_float(sums[2]));
-  return group.has_offset ? y + group.offset * splat(total) : y;
+  if constexpr (Planes == 2) y = fused(group.scale * splat(input_scale), to_float((sums[0] << 8) + sums[1]), y);
+  if constexpr (Planes == 3) {
+    const F32 upper = fused(to_float(sums[0]), splat(256.0f), to_float(sums[1]));
+    y = fused(group.scale, fused(upper, splat(256.0f), to_float(sums[2])), y);
+  }
+  if (!group.has_offset) return y;
+  return Planes == 1 ? y + group.offset * splat(total) : fused(group.offset, splat(total), y);
 }
 
 template <int Planes>

@@ -119,6 +119,23 @@ QSERVE_INLINE I32 round_to_int(F32 x) {
 
 #endif
 
+// GCC 12 widens vectors by halves; the processor can do it at once.
+QSERVE_INLINE U32 widen(U16x16 x) {
+#if defined(__AVX512F__)
+  return (U32)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+  return __builtin_convertvector(x, U32);
+#endif
+}
+
+QSERVE_INLINE U32 widen(U8x16 x) {
+#if defined(__AVX512F__)
+  return (U32)_mm512_cvtepu8_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, U32);
+#endif
+}
+
 QSERVE_INLINE F32 round_lanes(F32 x) { return to_float(round_to_int(x)); }
 
 // sums[lane] + codes[4 lane + j] * inputs[j] over j < 4: unsigned codes below 2^Bits, signed inputs; exact.
@@ -158,12 +175,12 @@ template <int Type>
 QSERVE_INLINE F32 load_float(const void* from, int64_t index) {
   if constexpr (Type == kF32) return load<F32>((const float*)from + index);
   if constexpr (Type == kBF16)
-    return bits_to_float(__builtin_convertvector(load<U16x16>((const uint16_t*)from + index), U32) << 16);
+    return bits_to_float(widen(load<U16x16>((const uint16_t*)from + index)) << 16);
   if constexpr (Type == kF16) {
-    const U32 bits = __builtin_convertvector(load<U16x16>((const uint16_t*)from + index), U32);
+    const U32 bits = widen(load<U16x16>((const uint16_t*)from + index));
     return (F32)((U32)((F32)((bits & 0x7fffu) << 13) * splat(0x1p112f)) | ((bits & 0x8000u) << 16));
   }
-  const U32 bits = __builtin_convertvector(load<U8x16>((const uint8_t*)from + index), U32);
+  const U32 bits = widen(load<U8x16>((const uint8_t*)from + index));
   const F32 size = Type == kE4M3 ? (F32)((bits & 0x7fu) << 20) * splat(0x1p120f)
                                  : (F32)((bits & 0x7fu) << 21) * splat(0x1p112f);
   return (F32)((U32)size | ((bits & 0x80u) << 24));
@@ -181,7 +198,21 @@ QSERVE_INLINE U32 round_to_bf16(F32 x) {
   return (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
 }
 
-QSERVE_INLINE U16x16 upper_halves(U32 x) { return __builtin_convertvector(x >> 16, U16x16); }
+QSERVE_INLINE U16x16 upper_halves(U32 x) {
+#if defined(__AVX512F__)
+  return (U16x16)_mm512_cvtepi32_epi16((__m512i)(x >> 16));
+#else
+  return __builtin_convertvector(x >> 16, U16x16);
+#endif
+}
+
+QSERVE_INLINE I8x16 narrow(I32 x) {
+#if defined(__AVX512F__)
+  return (I8x16)_mm512_cvtepi32_epi8((__m512i)x);
+#else
+  return __builtin_convertvector(x, I8x16);
+#endif
+}
 
 // e^x to about one unit in the last place; 0 below -87.
 QSERVE_INLINE F32 exponential(F32 x) {

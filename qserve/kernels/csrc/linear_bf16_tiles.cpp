@@ -36,13 +36,13 @@ struct BlockKernel {
   // One tile of rows by up to four of channels: every weight is read once.
   void multiply_few(const Columns& columns, int64_t row) const {
     alignas(64) float sums[4 * 256];
-    const int64_t stride = rows.features * 2;
-    const uint16_t* inputs = rows.halves + row * rows.planes * rows.features;
+    const int64_t stride = rows.stride * 2;
+    const uint16_t* inputs = rows.halves + row * rows.planes * rows.stride;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t at = 0; at < rows.features / 32; ++at) {
+    for (int64_t at = 0; at < w.padded_features() / 32; ++at) {
       const uint8_t* weights = columns.first + at * kTileBytes;
       _tile_loadd(4, inputs + at * 32, stride);
       for (int i = 0; i < 16; ++i)
@@ -72,16 +72,16 @@ struct BlockKernel {
   // Two tiles of rows by two of channels, twice.
   void multiply_many(const Columns& columns, int64_t row, int first) const {
     alignas(64) float sums[4 * 256];
-    const int64_t stride = rows.features * 2;
-    const uint16_t* upper = rows.halves + row * rows.planes * rows.features;
-    const uint16_t* lower = upper + 16 * rows.features;
+    const int64_t stride = rows.stride * 2;
+    const uint16_t* upper = rows.halves + row * rows.planes * rows.stride;
+    const uint16_t* lower = upper + 16 * rows.stride;
     const uint8_t* left = columns.first + first * columns.stride;
     const uint8_t* right = first + 1 < num_tiles ? left + columns.stride : left;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t at = 0; at < rows.features / 32; ++at) {
+    for (int64_t at = 0; at < w.padded_features() / 32; ++at) {
       _tile_loadd(4, upper + at * 32, stride);
       _tile_loadd(6, left + at * kTileBytes, 64);
       _tile_loadd(7, right + at * kTileBytes, 64);

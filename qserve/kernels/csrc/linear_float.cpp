@@ -37,7 +37,7 @@ QSERVE_INLINE Pair load_pair(const uint8_t* from) {
     const U32 pairs = load<U32>(from);
     return {widen_f16(pairs & 0xffffu), widen_f16(pairs >> 16)};
   }
-  const U32 pairs = __builtin_convertvector(load<U16x16>(from), U32);
+  const U32 pairs = widen(load<U16x16>(from));
   return {widen_f8<Type>(pairs & 0xffu), widen_f8<Type>(pairs >> 8)};
 }
 
@@ -48,14 +48,14 @@ void multiply_block(const Weight& w, const Rows& rows, const Output& output, int
   F32 y[NumRows][NumTiles] = {};
   for (int g = 0; g < w.groups; ++g) {
     const uint8_t* codes = w.codes + tile * tile_bytes + (int64_t)g * pairs * kPairBytes<Type>;
-    const float* x = rows.values + row * rows.features + (int64_t)g * w.padded_group;
+    const float* x = rows.values + row * rows.stride + (int64_t)g * w.padded_group;
     F32 even[NumRows][NumTiles] = {}, odd[NumRows][NumTiles] = {};
     for (int i = 0; i < pairs; ++i)
       for (int t = 0; t < NumTiles; ++t) {
         const Pair pair = load_pair<Type>(codes + t * tile_bytes + i * kPairBytes<Type>);
         for (int r = 0; r < NumRows; ++r) {
-          even[r][t] = fused(splat(x[r * rows.features + 2 * i]), pair.even, even[r][t]);
-          odd[r][t] = fused(splat(x[r * rows.features + 2 * i + 1]), pair.odd, odd[r][t]);
+          even[r][t] = fused(splat(x[r * rows.stride + 2 * i]), pair.even, even[r][t]);
+          odd[r][t] = fused(splat(x[r * rows.stride + 2 * i + 1]), pair.odd, odd[r][t]);
         }
       }
     for (int t = 0; t < NumTiles; ++t) {

@@ -20,39 +20,46 @@ QSERVE_INLINE Codes load_codes(const uint8_t* from) {
 template <int Bits>
 constexpr int kUnitBytes = Bits == 4 ? 64 : 128;  // of eight codes for 16 channels
 
-// The dot products of one group, of Count rows and all their planes, with unsigned codes, from `sums` on.
+// The dot products of one group, of Count rows and all their planes, with unsigned codes, from `sums` on. Few sums go
+// in two chains each, since one would wait for its own last addition.
 template <int Bits, int Count>
 QSERVE_INLINE void dot_group(const uint8_t* codes, int units, const int8_t* const* inputs, int64_t at, I32* sums) {
+  constexpr bool kIsSplit = Count < 4;
+  constexpr int kAhead = 32 * kUnitBytes<Bits>;
   I32 others[Count] = {};
-  for (int unit = 0; unit < units; ++unit) {
-    __builtin_prefetch(codes + (unit + 32) * kUnitBytes<Bits>);
-    if constexpr (Bits == 8) __builtin_prefetch(codes + (unit + 32) * kUnitBytes<Bits> + 64);
-    const Codes eight = load_codes<Bits>(codes + unit * kUnitBytes<Bits>);
+  for (int unit = 0; unit < units; ++unit, codes += kUnitBytes<Bits>, at += 8) {
+    __builtin_prefetch(codes + kAhead);
+    if constexpr (Bits == 8) __builtin_prefetch(codes + kAhead + 64);
+    const Codes eight = load_codes<Bits>(codes);
     for (int i = 0; i < Count; ++i) {
-      sums[i] = dot<Bits>(sums[i], eight.low, inputs[i] + at + unit * 8);
-      others[i] = dot<Bits>(others[i], eight.high, inputs[i] + at + unit * 8 + 4);
+      I32& high = kIsSplit ? others[i] : sums[i];
+      sums[i] = dot<Bits>(sums[i], eight.low, inputs[i] + at);
+      high = dot<Bits>(high, eight.high, inputs[i] + at + 4);
     }
   }
-  for (int i = 0; i < Count; ++i) sums[i] += others[i];
+  if constexpr (kIsSplit)
+    for (int i = 0; i < Count; ++i) sums[i] += others[i];
 }
 
-template <int Bits, int Planes, int NumRows>
+// Units is the length of a group in units of eight inputs, or 0 where it is known only at run time.
+template <int Bits, int Planes, int Units, int NumRows>
 void multiply_tile(const Weight& w, const Rows& rows, const Output& output, int tile, int64_t first_row) {
   constexpr int kCount = Planes * NumRows;
-  const int units = w.padded_group / 8;
+  const int units = Units ? Units : w.padded_group / 8;
   const int8_t* inputs[kCount];
-  for (int i = 0; i < kCount; ++i) inputs[i] = rows.codes + (first_row * Planes + i) * rows.features;
+  for (int i = 0; i < kCount; ++i) inputs[i] = rows.codes + (first_row * Planes + i) * rows.stride;
   F32 y[NumRows] = {};
-  for (int g = 0; g < w.groups; ++g) {
-    const int64_t index = (int64_t)tile * w.groups + g;
+  int64_t index = (int64_t)tile * w.groups;
+  const uint8_t* codes = w.codes + index * units * kUnitBytes<Bits>;
+  for (int g = 0; g < w.groups; ++g, ++index, codes += units * kUnitBytes<Bits>) {
     I32 sums[kCount];
     for (int i = 0; i < kCount; ++i)
       sums[i] = splat(rows.starts[((first_row + i / Planes) * w.groups + g) * Planes + i % Planes]);
     if (w.zeros != nullptr) {
-      const I32 zeros = __builtin_convertvector(load<U8x16>(w.zeros + index * kLanes), I32);
+      const I32 zeros = (I32)widen(load<U8x16>(w.zeros + index * kLanes));
       for (int i = 0; i < kCount; ++i) sums[i] *= zeros;
     }
-    dot_group<Bits, kCount>(w.codes + index * units * kUnitBytes<Bits>, units, inputs, (int64_t)g * w.padded_group, sums);
+    dot_group<Bits, kCount>(codes, units, inputs, (int64_t)g * w.padded_group, sums);
     const GroupScales scales = load_scales(w, index * kLanes);
     for (int r = 0; r < NumRows; ++r) {
       const int64_t row = first_row + r;
@@ -64,22 +71,24 @@ void multiply_tile(const Weight& w, const Rows& rows, const Output& output, int 
     output.put(first_row + r, tile, finish_row<Planes>(y[r], w, rows, first_row + r, tile));
 }
 
-// As many rows at once as registers hold their sums.
-template <int Bits, int Planes>
-void multiply_rows(const Weight& w, const Rows& rows, const Output& output, int tile) {
-  constexpr int kMost = Planes == 1 ? 4 : 2;
-  int64_t row = 0;
-  for (; row + kMost <= rows.count; row += kMost) multiply_tile<Bits, Planes, kMost>(w, rows, output, tile, row);
-  for (; row < rows.count; ++row) multiply_tile<Bits, Planes, 1>(w, rows, output, tile, row);
+// As many rows at once as registers hold their sums, then half as many, down to one.
+template <int Bits, int Planes, int Units, int NumRows = 8 / Planes>
+void multiply_rows(const Weight& w, const Rows& rows, const Output& output, int tile, int64_t row) {
+  for (; row + NumRows <= rows.count; row += NumRows)
+    multiply_tile<Bits, Planes, Units, NumRows>(w, rows, output, tile, row);
+  if constexpr (NumRows > 1)
+    if (row < rows.count) multiply_rows<Bits, Planes, Units, NumRows / 2>(w, rows, output, tile, row);
 }
 
-using Kernel = void (*)(const Weight&, const Rows&, const Output&, int tile);
+using Kernel = void (*)(const Weight&, const Rows&, const Output&, int tile, int64_t row);
 
 Kernel choose_kernel(const Weight& w) {
   static constexpr Kernel kernels[2][3] = {
-      {multiply_rows<4, 1>, multiply_rows<4, 2>, multiply_rows<4, 3>},
-      {multiply_rows<8, 1>, multiply_rows<8, 2>, multiply_rows<8, 3>},
+      {multiply_rows<4, 1, 0>, multiply_rows<4, 2, 0>, multiply_rows<4, 3, 0>},
+      {multiply_rows<8, 1, 0>, multiply_rows<8, 2, 0>, multiply_rows<8, 3, 0>},
   };
+  static constexpr Kernel of_32[2] = {multiply_rows<4, 1, 4>, multiply_rows<4, 2, 4>};
+  if (w.form == kInt4 && w.padded_group == 32 && w.planes < 3) return of_32[w.planes - 1];
   return kernels[w.form == kInt8][w.planes - 1];
 }
 
@@ -91,7 +100,7 @@ void multiply_integer(const Weight& w, const Rows& rows, const Output& output, T
   const int64_t tile_bytes = (int64_t)w.padded_features() * (w.form == kInt4 ? 8 : 16);
   const Pieces pieces = split_tiles(w, tile_bytes * (rows.count < 8 ? rows.count : 8), team);
   team.run(pieces.count(), [&](int64_t piece) {
-    for (int64_t tile = pieces.begin(piece); tile < pieces.end(piece); ++tile) kernel(w, rows, output, (int)tile);
+    for (int64_t tile = pieces.begin(piece); tile < pieces.end(piece); ++tile) kernel(w, rows, output, (int)tile, 0);
   });
 }
 

@@ -15,15 +15,13 @@ namespace qserve {
 
 namespace {
 
-constexpr int kTileBytes = 1024;
-
 // Codes of one tile of channels, less their zeros.
 void unpack_tile(const Weight& w, int tile, int8_t* slab) {
   const int units = w.padded_group / 8;
   for (int g = 0; g < w.groups; ++g) {
     const int64_t index = (int64_t)tile * w.groups + g;
     U32 zero = (U32)splat((int32_t)w.code_bias);
-    if (w.zeros != nullptr) zero = __builtin_convertvector(load<U8x16>(w.zeros + index * kLanes), U32);
+    if (w.zeros != nullptr) zero = widen(load<U8x16>(w.zeros + index * kLanes));
     const Bytes zeros = (Bytes)(zero * 0x01010101u);
     for (int unit = 0; unit < units; ++unit, slab += 128) {
       const int64_t at = index * units + unit;
@@ -39,7 +37,7 @@ void unpack_tile(const Weight& w, int tile, int8_t* slab) {
   }
 }
 
-// sums[2 row tiles][2 channel tiles][16][16] of one group.
+// sums[2 row tiles][2 channel tiles][16][16] of one group; the lower row tile only where there is one.
 QSERVE_INLINE void dot_group(const int8_t* upper, const int8_t* lower, int64_t stride, const int8_t* left,
                              const int8_t* right, int bytes, int depth, int32_t* sums) {
   _tile_zero(0);
@@ -50,94 +48,137 @@ QSERVE_INLINE void dot_group(const int8_t* upper, const int8_t* lower, int64_t s
     _tile_loadd(4, upper + at, stride);
     _tile_loadd(6, left + at * kLanes, 64);
     _tile_loadd(7, right + at * kLanes, 64);
-    _tile_loadd(5, lower + at, stride);
     _tile_dpbssd(0, 4, 6);
     _tile_dpbssd(1, 4, 7);
+    if (lower == nullptr) continue;
+    _tile_loadd(5, lower + at, stride);
     _tile_dpbssd(2, 5, 6);
     _tile_dpbssd(3, 5, 7);
   }
   _tile_stored(0, sums, 64);
   _tile_stored(1, sums + 256, 64);
+  if (lower == nullptr) return;
   _tile_stored(2, sums + 512, 64);
   _tile_stored(3, sums + 768, 64);
 }
 
-template <int Planes>
+constexpr int kBatch = 4;  // groups whose sums are stored before any is added: fewer loads and stores of y
+
+// Codes, scales and offsets of two tiles of channels, unpacked; the second tile may be a copy of the first.
+struct Slab {
+  int8_t* codes;    // (2, padded_features, 16)
+  float* scales;    // (2, groups, 16)
+  float* offsets;   // the same, or null
+  int64_t stride;   // of codes, from one tile to the other
+};
+
+Slab unpack(const Weight& w, int tile) {
+  Scratch& scratch = thread_scratch();
+  scratch.reset();
+  const int64_t numbers = (int64_t)w.groups * kLanes;
+  Slab slab = {nullptr, scratch.take<float>(2 * numbers), nullptr, (int64_t)w.padded_features() * kLanes};
+  slab.codes = scratch.take<int8_t>(2 * slab.stride);
+  if (w.offsets != nullptr) slab.offsets = scratch.take<float>(2 * numbers);
+  for (int t = 0; t < 2; ++t) {
+    const int from = tile + t < w.tiles() ? tile + t : tile;
+    unpack_tile(w, from, slab.codes + t * slab.stride);
+    for (int64_t i = 0; i < numbers; i += kLanes) {
+      const GroupScales group = load_scales(w, from * numbers + i);
+      store(slab.scales + t * numbers + i, group.scale);
+      if (slab.offsets != nullptr) store(slab.offsets + t * numbers + i, group.offset);
+    }
+  }
+  return slab;
+}
+
+template <int Planes, bool HasOffset>
 struct TileKernel {
   static constexpr int kRows = 16 / Planes;  // of the batch, in a tile
 
   const Weight& w;
   const Rows& rows;
   const Output& output;
-  const int8_t* slab;
+  const Slab& slab;
   int tile;
 
   // Two tiles of rows by two of channels.
   void multiply(int64_t first_row) const {
-    alignas(64) int32_t sums[2 * 2 * 256];
-    F32 y[2 * kRows][2] = {};
-    const int64_t stride = rows.features, slab_bytes = stride * kLanes;
+    alignas(64) int32_t sums[kBatch][2 * 2 * 256];
+    F32 y[2][2 * kRows] = {};
     const int depth = w.padded_group % 64 == 0 ? 16 : 8;
-    const int8_t* upper = rows.codes + first_row * Planes * stride;
-    const int8_t* lower = upper + (first_row + kRows < rows.count ? kRows * Planes * stride : 0);
-    for (int g = 0; g < w.groups; ++g) {
-      const int64_t at = (int64_t)g * w.padded_group;
-      const int8_t* left = slab + at * kLanes;
-      dot_group(upper + at, lower + at, stride, left, left + slab_bytes, w.padded_group, depth, sums);
-      add_sums(g, first_row, sums, y);
+    const int8_t* upper = rows.codes + first_row * Planes * rows.stride;
+    const int8_t* lower = first_row + kRows < rows.count ? upper + kRows * Planes * rows.stride : nullptr;
+    const int num_rows = (int)(rows.count - first_row < 2 * kRows ? rows.count - first_row : 2 * kRows);
+    for (int g = 0; g < w.groups; g += kBatch) {
+      const int count = w.groups - g < kBatch ? w.groups - g : kBatch;
+      for (int i = 0; i < count; ++i) {
+        const int64_t at = (int64_t)(g + i) * w.padded_group;
+        const int8_t* left = slab.codes + at * kLanes;
+        dot_group(upper + at, lower ? lower + at : nullptr, rows.stride, left, left + slab.stride, w.padded_group, depth, sums[i]);
+      }
+      for (int t = 0; t < 2; ++t) {
+        if (count == kBatch) add_sums<kBatch>(g, first_row, num_rows, t, sums, y[t]);
+        for (int i = 0; count < kBatch && i < count; ++i) add_sums<1>(g + i, first_row, num_rows, t, sums + i, y[t]);
+      }
     }
-    for (int r = 0; r < 2 * kRows && first_row + r < rows.count; ++r)
+    for (int r = 0; r < num_rows; ++r)
       for (int t = 0; t < 2 && tile + t < w.tiles(); ++t)
-        output.put(first_row + r, tile + t, finish_row<Planes>(y[r][t], w, rows, first_row + r, tile + t));
+        output.put(first_row + r, tile + t, finish_row<Planes>(y[t][r], w, rows, first_row + r, tile + t));
   }
 
-  QSERVE_INLINE void add_sums(int g, int64_t first_row, const int32_t* sums, F32 (*y)[2]) const {
-    const int last = tile + 1 < w.tiles() ? tile + 1 : tile;
-    const GroupScales scales[2] = {load_scales(w, ((int64_t)tile * w.groups + g) * kLanes),
-                                   load_scales(w, ((int64_t)last * w.groups + g) * kLanes)};
-    for (int r = 0; r < 2 * kRows && first_row + r < rows.count; ++r) {
-      const float scale = input_scale<Planes>(w, rows, first_row + r, g);
-      const float total = rows.totals[(first_row + r) * w.groups + g];
-      const int32_t* row = sums + r / kRows * 512 + r % kRows * Planes * kLanes;
-      for (int t = 0; t < 2; ++t) {
-        I32 planes[Planes];
-        for (int p = 0; p < Planes; ++p) planes[p] = load<I32>(row + t * 256 + p * kLanes);
-        y[r][t] = add_group<Planes>(y[r][t], planes, scales[t], scale, total);
+  // Adds the sums of Count groups from g on to one tile of channels.
+  template <int Count>
+  QSERVE_INLINE void add_sums(int g, int64_t first_row, int num_rows, int t, const int32_t (*sums)[1024], F32* y) const {
+    GroupScales scales[Count];
+    for (int i = 0; i < Count; ++i) {
+      const int64_t at = ((int64_t)t * w.groups + g + i) * kLanes;
+      scales[i] = {load<F32>(slab.scales + at), HasOffset ? load<F32>(slab.offsets + at) : F32{}, HasOffset};
+    }
+    for (int half = 0; half < 2; ++half) {
+      const int32_t* from = sums[0] + half * 512 + t * 256;
+      for (int r = half * kRows; r < num_rows && r < (half + 1) * kRows; ++r, from += Planes * kLanes) {
+        const int64_t row = first_row + r;
+        F32 total = y[r];
+        for (int i = 0; i < Count; ++i) {
+          I32 planes[Planes];
+          for (int p = 0; p < Planes; ++p) planes[p] = load<I32>(from + i * 1024 + p * kLanes);
+          total = add_group<Planes>(total, planes, scales[i], input_scale<Planes>(w, rows, row, g + i),
+                                    HasOffset ? rows.totals[row * w.groups + g + i] : 0.0f);
+        }
+        y[r] = total;
       }
     }
   }
 };
 
-template <int Planes>
+template <int Planes, bool HasOffset>
 void multiply_piece(const Weight& w, const Rows& rows, const Output& output, int tile, int64_t begin, int64_t end) {
-  Scratch& scratch = thread_scratch();
-  scratch.reset();
-  const int64_t slab_bytes = rows.features * kLanes;
-  int8_t* slab = scratch.take<int8_t>(2 * slab_bytes);
-  unpack_tile(w, tile, slab);
-  if (tile + 1 < w.tiles()) unpack_tile(w, tile + 1, slab + slab_bytes);
-  const TileKernel<Planes> kernel = {w, rows, output, slab, tile};
+  const Slab slab = unpack(w, tile);
+  const TileKernel<Planes, HasOffset> kernel = {w, rows, output, slab, tile};
   const TileScope scope(w.padded_group % 64 == 0 ? 16 : 8);
   for (int64_t row = begin; row < end; row += 2 * kernel.kRows) kernel.multiply(row);
 }
 
-// Measured: below this many rows the vector kernel is as fast.
 bool is_for_tiles(const Weight& w, const Rows& rows) {
+  constexpr int kFewest[] = {16, 10, 6};  // rows, by planes; measured: with fewer the vector kernel is faster
   const bool fits = w.padded_group % 32 == 0 && (w.zeros == nullptr || w.form == kInt4);
-  return fits && rows.count >= 8 && allow_tiles();
+  return fits && rows.count >= kFewest[w.planes - 1] && allow_tiles();
 }
 
 }  // namespace
 
 bool multiply_integer_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team) {
   if (!is_for_tiles(w, rows)) return false;
-  constexpr void (*kernels[])(const Weight&, const Rows&, const Output&, int, int64_t, int64_t) = {
-      multiply_piece<1>, multiply_piece<2>, multiply_piece<3>};
+  constexpr void (*kernels[2][3])(const Weight&, const Rows&, const Output&, int, int64_t, int64_t) = {
+      {multiply_piece<1, false>, multiply_piece<2, false>, multiply_piece<3, false>},
+      {multiply_piece<1, true>, multiply_piece<2, true>, multiply_piece<3, true>},
+  };
+  const auto kernel = kernels[w.offsets != nullptr][w.planes - 1];
   const int64_t pairs = (w.tiles() + 1) / 2, rows_per_block = 480;  // a multiple of 2 x 16, 2 x 8 and 2 x 5
   const Pieces blocks = {rows.count, rows_per_block};
   team.run(pairs * blocks.count(), [&](int64_t task) {
     const int64_t block = task / pairs;
-    kernels[w.planes - 1](w, rows, output, (int)(task % pairs) * 2, blocks.begin(block), blocks.end(block));
+    kernel(w, rows, output, (int)(task % pairs) * 2, blocks.begin(block), blocks.end(block));
   });
   return true;
 }

@@ -26,13 +26,13 @@ void turn(float* head, const float* cos, const float* sin, int half) {
 }
 
 template <class Element>
-Element narrow(float x);
+Element stored_as(float x);
 template <>
-float narrow(float x) {
+float stored_as(float x) {
   return x;
 }
 template <>
-uint16_t narrow(float x) {
+uint16_t stored_as(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
@@ -47,8 +47,8 @@ void store_row(const float* keys, const float* values, const Attention& attentio
     Element* key = (Element*)cache.keys + start + at;
     Element* value = (Element*)cache.values + start + at * head_dim;
     for (int64_t i = 0; i < head_dim; ++i) {
-      key[i * size] = narrow<Element>(keys[head * head_dim + i]);
-      value[i] = narrow<Element>(values[head * head_dim + i]);
+      key[i * size] = stored_as<Element>(keys[head * head_dim + i]);
+      value[i] = stored_as<Element>(values[head * head_dim + i]);
     }
   }
 }

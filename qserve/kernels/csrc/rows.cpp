@@ -13,13 +13,14 @@ constexpr float kEpsilon = 1.1920929e-07f;
 // Where one row's numbers go; see Rows.
 struct Row {
   int8_t* codes;
+  int64_t stride;
   int32_t* starts;
   float* scales;
   float* totals;
   float* zero;
 };
 
-QSERVE_INLINE void store_codes(int8_t* to, I32 codes) { store(to, __builtin_convertvector(codes, I8x16)); }
+QSERVE_INLINE void store_codes(int8_t* to, I32 codes) { store(to, narrow(codes)); }
 
 float largest_magnitude(const float* x, int64_t count) {
   F32 most = {};
@@ -38,11 +39,10 @@ int32_t start_factor(const Weight& w) { return w.zeros != nullptr ? -1 : -w.code
 // Fills starts, and totals in units of `unit(group)`.
 template <class Unit>
 void sum_groups(const Weight& w, const Row& row, const Unit& unit) {
-  const int64_t features = w.padded_features();
   for (int g = 0; g < w.groups; ++g) {
     float total = 0;
     for (int p = 0; p < w.planes; ++p) {
-      const int32_t sum = sum_codes(row.codes + p * features + (int64_t)g * w.padded_group, w.padded_group);
+      const int32_t sum = sum_codes(row.codes + p * row.stride + (int64_t)g * w.padded_group, w.padded_group);
       row.starts[g * w.planes + p] = sum * start_factor(w);
       total = total * 256.0f + (float)sum;
     }
@@ -52,10 +52,10 @@ void sum_groups(const Weight& w, const Row& row, const Unit& unit) {
 
 // Splits whole numbers into signed digits of base 256, the last plane the lowest.
 template <int Planes>
-QSERVE_INLINE void store_digits(int8_t* to, int64_t features, I32 number) {
+QSERVE_INLINE void store_digits(int8_t* to, int64_t stride, I32 number) {
   for (int p = Planes - 1; p > 0; --p) {
     const I32 digit = ((number + 128) & 255) - 128;
-    store_codes(to + p * features, digit);
+    store_codes(to + p * stride, digit);
     number = (number - digit) >> 8;
   }
   store_codes(to, number);
@@ -63,25 +63,25 @@ QSERVE_INLINE void store_digits(int8_t* to, int64_t features, I32 number) {
 
 // Sixteen at a time, so what is written past `count` belongs to the next group, which is written later.
 template <int Planes>
-float quantize_exact(const float* x, int64_t count, int8_t* to, int64_t features) {
+float quantize_exact(const float* x, int64_t count, int8_t* to, int64_t stride) {
   constexpr float kMost = Planes == 2 ? 127.0f * 256 : 127.0f * 65536;
   const float most = largest_magnitude(x, count);
   const float factor = most > 0 ? kMost / most : 0.0f;
   for (int64_t i = 0; i < count; i += kLanes)
-    store_digits<Planes>(to + i, features, round_to_int(load_some(x + i, (int)(count - i)) * splat(factor)));
+    store_digits<Planes>(to + i, stride, round_to_int(load_some(x + i, (int)(count - i)) * splat(factor)));
   return most / kMost;
 }
 
 void quantize_groups(const float* x, const Weight& w, const Row& row) {
   for (int g = 0; g < w.groups; ++g) {
     const int64_t at = (int64_t)g * w.padded_group;
-    row.scales[g] = quantize_exact<2>(x + at, w.padded_group, row.codes + at, w.padded_features());
+    row.scales[g] = quantize_exact<2>(x + at, w.padded_group, row.codes + at, row.stride);
   }
   sum_groups(w, row, [&](int g) { return row.scales[g]; });
 }
 
 void quantize_long(const float* x, const Weight& w, const Row& row) {
-  row.scales[0] = quantize_exact<3>(x, w.padded_features(), row.codes, w.padded_features());
+  row.scales[0] = quantize_exact<3>(x, w.padded_features(), row.codes, row.stride);
   sum_groups(w, row, [](int) { return 1.0f; });
 }
 
@@ -131,12 +131,12 @@ void quantize(const float* x, const Weight& w, const Row& row) {
 }
 
 // x as the sum of two bfloat16 numbers: 16 of its 24 bits.
-void split_halves(const float* x, int64_t features, uint16_t* halves) {
+void split_halves(const float* x, int64_t features, uint16_t* halves, int64_t stride) {
   for (int64_t i = 0; i < features; i += kLanes) {
     const F32 values = load<F32>(x + i);
     const U32 upper = round_to_bf16(values);
     store(halves + i, upper_halves(upper));
-    store(halves + features + i, upper_halves(round_to_bf16(values - bits_to_float(upper))));
+    store(halves + stride + i, upper_halves(round_to_bf16(values - bits_to_float(upper))));
   }
 }
 
@@ -174,30 +174,41 @@ void gather_row(const Stage& stage, const Weight& w, int64_t row, float* x, floa
 }
 
 void prepare_float_row(float* x, const Weight& w, int64_t row, const Rows& rows) {
-  if (w.activation == kFloat8) ((float*)rows.scales)[row] = quantize_float8(x, w.padded_features());
+  const int64_t features = w.padded_features();
+  if (w.activation == kFloat8) ((float*)rows.scales)[row] = quantize_float8(x, features);
   if (rows.halves == nullptr) return;
-  uint16_t* halves = (uint16_t*)rows.halves + row * rows.planes * rows.features;
-  if (rows.planes == 2) return split_halves(x, rows.features, halves);
-  for (int64_t i = 0; i < rows.features; i += kLanes) store(halves + i, upper_halves((U32)load<F32>(x + i)));
+  uint16_t* halves = (uint16_t*)rows.halves + row * rows.planes * rows.stride;
+  if (rows.planes == 2) return split_halves(x, features, halves, rows.stride);
+  for (int64_t i = 0; i < features; i += kLanes) store(halves + i, upper_halves((U32)load<F32>(x + i)));
 }
 
 Row row_of(const Rows& rows, const Weight& w, int64_t row) {
   const int64_t scales = w.planes == 2 ? w.groups : 1;
-  return {(int8_t*)rows.codes + row * rows.planes * rows.features, (int32_t*)rows.starts + row * w.groups * w.planes,
-          (float*)rows.scales + row * scales, (float*)rows.totals + row * w.groups, (float*)rows.zeros + row};
+  return {(int8_t*)rows.codes + row * rows.planes * rows.stride,
+          rows.stride,
+          (int32_t*)rows.starts + row * w.groups * w.planes,
+          (float*)rows.scales + row * scales,
+          (float*)rows.totals + row * w.groups,
+          (float*)rows.zeros + row};
 }
+
+// A cache line more than the inputs need: rows a power of two apart would fight for the same few places of the cache.
+int64_t stride_of(const Weight& w, int64_t bytes) { return w.padded_features() + 64 / bytes; }
 
 Rows take_rows(const Weight& w, int count, Scratch& scratch) {
   Rows rows = {};
-  rows.count = count, rows.planes = w.planes, rows.features = w.padded_features();
-  const int64_t codes = (int64_t)(count + 16) * w.planes * rows.features;
+  rows.count = count, rows.planes = w.planes;
+  const int64_t plane_rows = (int64_t)(count + 16) * w.planes;  // kernels read whole tiles of 16
   if (w.form == kFloat) {
+    const bool is_half = uses_bf16_tiles(w);
+    rows.stride = stride_of(w, is_half ? 2 : 4);
     rows.scales = scratch.take<float>(count);
-    if (uses_bf16_tiles(w)) rows.halves = scratch.take<uint16_t>(codes);
-    rows.values = scratch.take<float>((int64_t)(rows.halves ? 0 : count) * rows.features);
+    if (is_half) rows.halves = scratch.take<uint16_t>(plane_rows * rows.stride);
+    if (!is_half) rows.values = scratch.take<float>((int64_t)count * rows.stride);
     return rows;
   }
-  rows.codes = scratch.take<int8_t>(codes);
+  rows.stride = stride_of(w, 1);
+  rows.codes = scratch.take<int8_t>(plane_rows * rows.stride);
   rows.starts = scratch.take<int32_t>((int64_t)count * w.groups * w.planes);
   rows.scales = scratch.take<float>((int64_t)count * (w.planes == 2 ? w.groups : 1));
   rows.totals = scratch.take<float>((int64_t)count * w.groups);
@@ -209,11 +220,11 @@ void prepare_row(const Stage& stage, const Weight& w, int64_t row, const Rows& r
   Scratch& scratch = thread_scratch();
   scratch.reset();
   float* unpadded = scratch.take<float>(w.in_features);
-  float* x = scratch.take<float>(rows.features);
-  if (w.form == kFloat && rows.halves == nullptr) x = (float*)rows.values + row * rows.features;
+  float* x = scratch.take<float>(w.padded_features());
+  if (rows.values != nullptr) x = (float*)rows.values + row * rows.stride;
   gather_row(stage, w, row, x, unpadded);
   if (w.form == kFloat) return prepare_float_row(x, w, row, rows);
-  if (w.activation == kFloat8) round_to_float8(x, rows.features);
+  if (w.activation == kFloat8) round_to_float8(x, w.padded_features());
   quantize(x, w, row_of(rows, w, row));
 }
 

@@ -18,14 +18,14 @@ namespace qserve {
 struct Rows {
   int count;
   int planes;
-  int64_t features;      // padded, so the distance of two planes; the planes of a row follow each other
-  const int8_t* codes;   // (count, planes, features)
+  int64_t stride;        // numbers from one plane to the next; the planes of a row follow each other
+  const int8_t* codes;   // (count, planes, stride)
   const int32_t* starts; // (count, groups, planes): the plane's sum over the group, times minus the code bias
   const float* scales;   // (count, groups) with two planes, else (count,)
   const float* totals;   // (count, groups): sums of inputs, in the units of the accumulator; for offsets
   const float* zeros;    // (count,)
-  const uint16_t* halves;  // (count, planes, features), bfloat16
-  const float* values;     // (count, features)
+  const uint16_t* halves;  // (count, planes, stride), bfloat16
+  const float* values;     // (count, stride)
 };
 
 // Whether a float weight is multiplied by AMX in bfloat16, on this build.

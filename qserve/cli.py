@@ -26,6 +26,7 @@ class Word:
 WORDS: dict[str, Word] = {
     "serve": Word("qserve.serve", "serve a model over the OpenAI API"),
     "inspect": Word("qserve.inspect", "tell what a checkpoint holds, and how it would be computed here"),
+    "bench": Word("qserve.bench.cli", "measure servers and models, several side by side"),
 }
 
 _EXAMPLES = """\
@@ -33,6 +34,7 @@ _EXAMPLES = """\
   qserve serve path/to/checkpoint   a directory with config.json and weights
   qserve serve ORG/NAME             from the model hub, or its local cache
   qserve inspect path/to/checkpoint
+  qserve bench compare path/to/checkpoint path/to/quantized
 
 `qserve WORD --help` tells more about each word. Models are quantized with `qserve-train`.
 """

@@ -28,7 +28,6 @@ the loss that each artifact records. The first model is the one that the others 
 _COLUMNS = (
     *COLUMNS,
     Column(figure="rss_mib", title="memory", unit="MiB", digits=0),
-    Column(figure="peak_rss_mib", title="at most", unit="MiB", digits=0),
     Column(figure="weights_mib", title="weights", unit="MiB", digits=0),
     Column(figure="loss", title="loss", unit="nats", digits=4),
 )

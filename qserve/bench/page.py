@@ -44,7 +44,7 @@ height: .8em; border-radius: 2px; margin-right: .4em; } details pre { overflow-x
 def write_page(result: Result) -> str:
     colors = {label: number % NUM_COLORS for number, label in enumerate(dict.fromkeys(r.target for r in result.rows))}
     loads = list(dict.fromkeys(row.load for row in result.rows))
-    plots = "".join(_figure_of(column, result, colors, loads) for column in shown_columns(result))
+    plots = "".join(_figure_of(column, result, colors, loads) for column in shown_columns(result) if column.is_plotted)
     parts = [
         f"<h1>qserve bench {escape(result.bench)}</h1>",
         f'<p class="soft">{escape(result.circumstances["date"])}; {escape(headline(result))}</p>',

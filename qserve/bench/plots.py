@@ -12,6 +12,7 @@ NUM_COLORS = 8
 _WIDTH, _HEIGHT = 520, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 12, 44
 _BAR, _LABEL = 22, 150  # of the bar chart: a bar's height, and the room for its name
+_DODGE = 4  # pixels between the whiskers of neighbouring targets
 _QUANTILES = [index / 50 for index in range(51)]
 
 
@@ -57,8 +58,7 @@ def draw_distributions(samples: Sequence[tuple[str, int, Sequence[float]]], *, u
 
 def _draw_lines(series: Sequence[Series], *, unit: str) -> str:
     labels = [point.label for point in series[0].points]
-    end = _nice_end(max((_top(point) for one in series for point in one.points), default=1.0))
-    axes = _Axes(x_end=len(labels) - 1, y_end=end)
+    axes = _Axes(x_end=len(labels) - 1, y_end=_find_end(series), inset=30)
     parts = [axes.grid(y_labels=_tick)]
     parts += [
         f'<text class="tick" text-anchor="middle" x="{axes.x(i):.1f}" y="{_HEIGHT - 24}">{escape(label)}</text>'
@@ -66,7 +66,7 @@ def _draw_lines(series: Sequence[Series], *, unit: str) -> str:
     ]
     for one in series:
         known = [(i, point) for i, point in enumerate(one.points) if point.value is not None]
-        parts.append(axes.path([(i, point.value or 0.0) for i, point in known], one.color))
+        parts.append(axes.path([(i, point.value or 0.0) for i, point in known], one.color, dodge=_DODGE * one.color))
         parts += [_mark(axes, i, point, one) for i, point in known]
     return _svg(_WIDTH, _HEIGHT, parts, title=unit)
 
@@ -74,18 +74,20 @@ def _draw_lines(series: Sequence[Series], *, unit: str) -> str:
 def _mark(axes: "_Axes", position: float, point: Point, series: Series) -> str:
     """A dot, its interval, and the figures for a pointer that rests on it."""
     assert point.value is not None
-    x, told = axes.x(position), f"{series.label}, {point.label}: {_tick(point.value)}"
+    x, told = axes.x(position) + _DODGE * series.color, f"{series.label}, {point.label}: {_tick(point.value)}"
     whisker = ""
     if point.half_width is not None:
-        low, high = axes.y(max(point.value - point.half_width, 0.0)), axes.y(point.value + point.half_width)
-        whisker = f'<path class="line s{series.color} thin" d="M{x:.1f} {low:.1f}V{high:.1f}"/>'
+        low = axes.y(max(point.value - point.half_width, 0.0))
+        high = axes.y(min(point.value + point.half_width, axes.y_end))
+        caps = f"M{x - 3:.1f} {low:.1f}h6M{x - 3:.1f} {high:.1f}h6"
+        whisker = f'<path class="line s{series.color} thin" d="M{x:.1f} {low:.1f}V{high:.1f}{caps}"/>'
         told += f" ±{_tick(point.half_width)}"
     dot = f'<circle class="dot s{series.color}" cx="{x:.1f}" cy="{axes.y(point.value):.1f}" r="4"/>'
     return f"<g>{whisker}{dot}<title>{escape(told)}</title></g>"
 
 
 def _draw_bars(series: Sequence[Series], *, unit: str) -> str:
-    end = _nice_end(max(_top(one.points[0]) for one in series))
+    end = _find_end(series)
     height = (_BAR + 8) * len(series) + 12
     room = _WIDTH - _LABEL - 110
     parts = []
@@ -110,9 +112,11 @@ class _Axes:
 
     x_end: float
     y_end: float
+    inset: float = 0.0  # between the frame and the first and last value
 
     def x(self, value: float) -> float:
-        return _LEFT + value / (self.x_end or 1) * (_WIDTH - _LEFT - _RIGHT)
+        room = _WIDTH - _LEFT - _RIGHT - 2 * self.inset
+        return _LEFT + self.inset + (value / self.x_end * room if self.x_end else room / 2)
 
     def y(self, value: float) -> float:
         return _HEIGHT - _BOTTOM - value / (self.y_end or 1) * (_HEIGHT - _TOP - _BOTTOM)
@@ -133,8 +137,8 @@ class _Axes:
             for x, y, anchor, text in ticks
         )
 
-    def path(self, points: Iterable[tuple[float, float]], color: int) -> str:
-        places = "L".join(f"{self.x(x):.1f} {self.y(y):.1f}" for x, y in points)
+    def path(self, points: Iterable[tuple[float, float]], color: int, *, dodge: float = 0.0) -> str:
+        places = "L".join(f"{self.x(x) + dodge:.1f} {self.y(y):.1f}" for x, y in points)
         return f'<path class="line s{color}" d="M{places}"/>' if places else ""
 
 
@@ -142,8 +146,12 @@ def _svg(width: int, height: int, parts: Iterable[str], *, title: str) -> str:
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
 
 
-def _top(point: Point) -> float:
-    return (point.value or 0.0) + (point.half_width or 0.0)
+def _find_end(series: Sequence[Series]) -> float:
+    """Of the axis: room for the intervals, unless they would make everything else small."""
+    points = [point for one in series for point in one.points if point.value is not None]
+    values = [point.value or 0.0 for point in points]
+    tops = [value + (point.half_width or 0.0) for value, point in zip(values, points, strict=True)]
+    return _nice_end(min(max(tops, default=1.0), 1.5 * max(values, default=1.0)))
 
 
 def _nice_end(value: float) -> float:

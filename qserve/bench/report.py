@@ -15,7 +15,7 @@ from qserve.config import option
 from qserve.errors import UsageError
 
 _STANDARD_OUTPUT = "-"
-_WIDTH_OF_FILES = 160
+_WIDTH_OF_FILES = 140
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,8 @@ class Column:
     digits: int = 1
     scale: float = 1.0  # what is shown is the figure times this
     more_is_better: bool = False
+    is_minor: bool = False  # left out where a terminal is too narrow
+    is_plotted: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

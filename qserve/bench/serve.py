@@ -28,14 +28,14 @@ Measure servers of OpenAI's API: throughput, time to the first token, time betwe
 take turns in one run, so that what is compared ran under the same conditions."""
 
 COLUMNS = (
-    Column(figure="completed", title="done", unit="requests", digits=0, more_is_better=True),
+    Column(figure="completed", title="done", unit="requests", digits=0, is_minor=True, is_plotted=False),
     Column(figure="output_throughput", title="output", unit="tok/s", more_is_better=True),
     Column(figure="median_ttft_ms", title="first, median", unit="ms"),
-    Column(figure="p99_ttft_ms", title="first, p99", unit="ms"),
+    Column(figure="p99_ttft_ms", title="first, p99", unit="ms", is_minor=True),
     Column(figure="median_tpot_ms", title="token, median", unit="ms", digits=2),
-    Column(figure="median_itl_ms", title="gap, median", unit="ms", digits=2),
+    Column(figure="median_itl_ms", title="gap, median", unit="ms", digits=2, is_minor=True),
     Column(figure="p99_itl_ms", title="gap, p99", unit="ms", digits=2),
-    Column(figure="median_e2el_ms", title="whole, median", unit="ms", digits=0),
+    Column(figure="median_e2el_ms", title="whole, median", unit="ms", digits=0, is_minor=True),
     Column(figure="request_goodput", title="goodput", unit="req/s", digits=2, more_is_better=True),
 )
 

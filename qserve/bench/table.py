@@ -1,5 +1,7 @@
 """A result as a table in the terminal."""
 
+from dataclasses import replace
+
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -10,10 +12,13 @@ from qserve.bench.machine import Machine
 from qserve.bench.result import Column, Result, Row
 
 NOTHING = "-"
+_UNBOUNDED = 10_000
 
 
 def print_result(result: Result, console: Console) -> None:
-    console.print(_table(result))
+    columns = shown_columns(result)
+    tables = [_table(result, kept) for kept in (columns, tuple(column for column in columns if not column.is_minor))]
+    console.print(next((table for table in tables if _needed_width(table, console) <= console.width), tables[-1]))
     for row in result.rows:
         for note in row.notes:
             console.print(f"{escape(row.target)}, {row.load}: {escape(note)}", style="yellow", highlight=False)
@@ -42,14 +47,18 @@ def show_ratio(found: Estimate | None) -> str:
     return NOTHING if found is None else f"{found.mean:.2f}"
 
 
-def _table(result: Result) -> Table:
-    columns = shown_columns(result)
+def _needed_width(table: Table, console: Console) -> int:
+    return console.measure(table, options=console.options.update(max_width=_UNBOUNDED)).minimum
+
+
+def _table(result: Result, columns: tuple[Column, ...]) -> Table:
+    """Intervals stand only where targets are compared, or the table would be wider than terminals are."""
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     drawn.add_column("target", overflow="fold")
     drawn.add_column("load", no_wrap=True)
     for column in columns:
-        drawn.add_column(f"{column.title}\n{column.unit}", justify="right", no_wrap=True)
-        if column.figure == result.compared and _has_ratio(result):
+        drawn.add_column("\n".join([*column.title.split(", "), column.unit]), justify="right", no_wrap=True)
+        if column.figure == result.compared:
             drawn.add_column("ratio", justify="right", no_wrap=True)
     for row in result.rows:
         drawn.add_row(escape(row.target), row.load, *_cells(result, row, columns))
@@ -59,16 +68,14 @@ def _table(result: Result) -> Table:
 def _cells(result: Result, row: Row, columns: tuple[Column, ...]) -> list[str]:
     cells = []
     for column in columns:
-        cells.append(show(column, row.estimate(column.figure)))
-        if column.figure == result.compared and _has_ratio(result):
-            cells.append(show_ratio(result.ratio(row, column.figure)))
+        found = row.estimate(column.figure)
+        if column.figure == result.compared:
+            cells += [show(column, found), show_ratio(result.ratio(row, column.figure))]
+        else:
+            cells.append(show(column, found and replace(found, half_width=None)))
     return cells
 
 
 def shown_columns(result: Result) -> tuple[Column, ...]:
     """Those that some row has a value for."""
     return tuple(column for column in result.columns if any(row.values(column.figure) for row in result.rows))
-
-
-def _has_ratio(result: Result) -> bool:
-    return any(result.ratio(row, result.compared) for row in result.rows)

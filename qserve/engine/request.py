@@ -56,6 +56,7 @@ class Request:
         "finished_at",
         "first_token_at",
         "id",
+        "last_token_at",
         "next_prompt_logprob",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -85,6 +86,7 @@ class Request:
         self.created_at = time.perf_counter()
         self.admitted_at = 0.0
         self.first_token_at = 0.0
+        self.last_token_at = 0.0
         self.finished_at = 0.0
 
     @property

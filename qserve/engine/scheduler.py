@@ -120,6 +120,7 @@ class Scheduler:
     def update(self, chunks: list[Chunk], sampled: list[Sampled]) -> list[TokenEvent]:
         """Take in what the device answered: one event for every chunk that has news."""
         self._totals.num_steps += 1
+        self._totals.step_tokens.add(sum(chunk.num_tokens for chunk in chunks))
         now = time.perf_counter()
         events = []
         for chunk, answer in zip(chunks, sampled, strict=True):
@@ -203,6 +204,9 @@ class Scheduler:
     def _append(self, request: Request, token_id: int, *, now: float) -> None:
         if request.num_output_tokens == 0:
             request.first_token_at = now
+        else:
+            self._totals.token_gaps.add(now - request.last_token_at)
+        request.last_token_at = now
         request.token_ids.append(token_id)
         self._totals.num_generated_tokens += 1
 

@@ -80,11 +80,17 @@ def _build_float8(weight: Tensor, config: Any, _: int, scales: Tensor | None, __
         weight,
         config.weight_dtype,
         granularity,
+        hp_value_lb=smallest_magnitude(weight.dtype),
         mm_config=config.mm_config,
         kernel_preference=config.kernel_preference,
         act_quant_kwargs=activation,
     )
     return tensor
+
+
+def smallest_magnitude(dtype: torch.dtype) -> float:
+    """What a row of float8 weights counts at least: torchao would divide a row of zeros by zero."""
+    return 2**-14 if dtype == torch.float16 else 1e-12
 
 
 def _build_int4(weight: Tensor, _: Any, group_size: int, scales: Tensor | None, offsets: Tensor | None) -> Tensor:

@@ -1,0 +1,1 @@
+"""Quantization-aware training: prepare, train, finalize. Knows no server; `qserve.quant` says what a recipe means."""

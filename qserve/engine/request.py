@@ -16,6 +16,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    ERROR = "error"  # nothing that the request allows could come next
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,11 +36,23 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    typical_p: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: frozenset[int] | None = None  # None allows all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # runs of tokens that may not be generated
     seed: int | None = None
     stop_token_ids: frozenset[int] = frozenset()  # end-of-sequence ids among them, unless they are to be ignored
     logprobs: int | None = None  # how many alternatives to report beside the chosen token; None reports nothing
     prompt_logprobs: int | None = None  # the same for every position of the prompt
+
+
+class Constraint(Protocol):
+    """What structured output allows one request to say next. The scheduler tells it of every token, once."""
+
+    @property
+    def is_finished(self) -> bool: ...  # what was said is complete, and nothing can be added
+    def accept(self, token_id: int) -> None: ...
+    def allowed(self) -> bytes: ...  # one bit for each token id, the lowest bit of the first byte for id 0
 
 
 class Request:
@@ -52,6 +65,7 @@ class Request:
         "admitted_at",
         "arrival",
         "block_ids",
+        "constraint",
         "created_at",
         "finished_at",
         "first_token_at",
@@ -69,9 +83,18 @@ class Request:
         "token_ids",
     )
 
-    def __init__(self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, priority: int = 0) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        constraint: Constraint | None = None,
+    ) -> None:
         self.id = request_id
         self.params = params
+        self.constraint = constraint
         self.priority = priority  # a lower number is served first
         self.token_ids = list(prompt_ids)  # the prompt and all that was generated
         self.num_prompt_tokens = len(prompt_ids)
@@ -138,8 +161,9 @@ class TokenLogprob:
 class Sampled:
     """What the device answers for one chunk.
 
-    `token_id` is None when the chunk was not its request's last. `logprobs` starts with the chosen token and goes on
-    with the most likely ones, best first (the chosen one among them again when it is one of them).
+    `token_id` is None when the chunk was not its request's last, and when nothing that the request allows is left.
+    `logprobs` starts with the chosen token and goes on with the most likely ones, best first (the chosen one among
+    them again when it is one of them).
     `prompt_logprobs` has one such tuple for each prompt position in [start + 1, min(end + 1, num_prompt_tokens)), since
     the logits of position p speak of position p + 1; it is empty where the request does not ask for them.
     """

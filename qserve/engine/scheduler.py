@@ -33,6 +33,8 @@ def _finish_reason(request: Request) -> FinishReason | None:
     params, num_output_tokens = request.params, request.num_output_tokens
     if num_output_tokens and num_output_tokens >= params.min_tokens and request.token_ids[-1] in params.stop_token_ids:
         return FinishReason.STOP
+    if num_output_tokens and request.constraint is not None and request.constraint.is_finished:
+        return FinishReason.STOP
     return FinishReason.LENGTH if num_output_tokens >= params.max_tokens else None
 
 
@@ -188,7 +190,8 @@ class Scheduler:
         token_id = answer.token_id if request.params.max_tokens else None
         if token_id is not None:
             self._append(request, token_id, now=now)
-        finish_reason = _finish_reason(request)
+        is_impasse = token_id is None and request.params.max_tokens > 0
+        finish_reason = FinishReason.ERROR if is_impasse else _finish_reason(request)
         if finish_reason is not None:
             self._totals.num_finished += 1
             self._end(request, now=now)
@@ -208,6 +211,8 @@ class Scheduler:
             self._totals.token_gaps.add(now - request.last_token_at)
         request.last_token_at = now
         request.token_ids.append(token_id)
+        if request.constraint is not None:
+            request.constraint.accept(token_id)
         self._totals.num_generated_tokens += 1
 
     def _end(self, request: Request, *, now: float) -> None:

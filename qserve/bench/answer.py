@@ -7,6 +7,7 @@ tells, for a chunk may hold none or several.
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from clients.exchange import Exchange
@@ -44,7 +45,7 @@ class Answer:
     @property
     def itls(self) -> list[float]:
         """The gaps between chunks: one a chunk, not one a token."""
-        return [later - earlier for earlier, later in zip(self.chunk_times, self.chunk_times[1:], strict=False)]
+        return [later - earlier for earlier, later in pairwise(self.chunk_times)]
 
     @property
     def tpot(self) -> float | None:

@@ -51,8 +51,9 @@ class ServerProcess:
                 self.ready_seconds = self._age
                 return
             time.sleep(interval)
-        why = f"not ready after {self._seconds:.0f} s" if self._process.poll() is None else "ended before it was ready"
-        raise UsageError(f"the server was {why}; the end of its log is:\n{self._log_end()}")
+        has_ended = self._process.poll() is not None
+        what = "has ended before it was ready" if has_ended else f"is not ready after {self._seconds:.0f} s"
+        raise UsageError(f"the server {what}; the end of its log is:\n{self._log_end()}")
 
     def stop(self) -> None:
         if self._process.poll() is None:

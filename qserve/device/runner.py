@@ -95,17 +95,21 @@ class ModelRunner:
 
     def _sample(
         self, hidden: Tensor, batch: Batch, requests: Sequence[Request]
-    ) -> list[tuple[int, tuple[TokenLogprob, ...]]]:
+    ) -> list[tuple[int | None, tuple[TokenLogprob, ...]]]:
         if not requests:
             return []
         logits = self._model.logits(hidden[batch.sample_rows])
         tokens = self._sampler.sample(logits, requests)
-        wanted = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
+        wanted = {
+            row: token
+            for row, (token, request) in enumerate(zip(tokens, requests, strict=True))
+            if token is not None and request.params.logprobs is not None
+        }
         logprobs: list[tuple[TokenLogprob, ...]] = [()] * len(requests)
         if wanted:
             counts = [requests[row].params.logprobs or 0 for row in wanted]
-            chosen = torch.tensor([tokens[row] for row in wanted], device=logits.device)
-            found = logprobs_of(logits[wanted], chosen, num_top=max(counts))
+            chosen = torch.tensor(list(wanted.values()), device=logits.device)
+            found = logprobs_of(logits[list(wanted)], chosen, num_top=max(counts))
             for row, count, each in zip(wanted, counts, found, strict=True):
                 logprobs[row] = each[: count + 1]
         return list(zip(tokens, logprobs, strict=True))

@@ -1,20 +1,20 @@
 """From logits to the next token of each row, and the log-probabilities that were asked for.
 
-The order: repetition penalty on the raw logits, then presence and frequency, bias, bans; temperature; top-k, top-p (of
-what top-k left) and min-p. Log-probabilities are those of the raw distribution. The draw is one number in [0, 1) for
-each row, made from the request's seed and the position alone, and put through the row's own cumulative distribution,
-so a row's token does not depend on the rows beside it.
+The order: repetition penalty on the raw logits, then presence and frequency, bias, masks; temperature; top-k, top-p (of
+what top-k left), min-p; typical-p (of what they all left). Log-probabilities are those of the raw distribution. The
+draw is one number in [0, 1) for each row, made from the request's seed and the position alone, and put through the
+row's own cumulative distribution, so a row's token does not depend on the rows beside it.
 """
 
 import hashlib
-import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor
 
+from qserve.device.masks import Masks, is_masked
 from qserve.engine.request import Request, SamplingParams, TokenLogprob
 
 _NUM_CANDIDATES = 256  # tried before the whole vocabulary is sorted for top-p
@@ -26,20 +26,24 @@ class Sampler:
     def __init__(self, *, seed: int | None = None) -> None:
         self._seed = secrets.randbits(64) if seed is None else seed
 
-    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[int]:
-        """The next token of each request, from one row of logits each: (requests, vocabulary)."""
+    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[int | None]:
+        """The next token of each request, from one row of logits each: (requests, vocabulary).
+
+        None where the rules of a request leave no token.
+        """
         params = [request.params for request in requests]
         if any(_changes_logits(request) for request in requests):
             logits = adjust(logits, requests)
-        greedy = logits.argmax(dim=-1).tolist()
-        drawn = [row for row, each in enumerate(params) if each.temperature > 0]
-        if not drawn:
-            return [int(token) for token in greedy]
-        uniforms = [self._uniform(requests[row]) for row in drawn]
-        tokens = draw(logits[drawn], [params[row] for row in drawn], uniforms)
-        for row, token in zip(drawn, tokens, strict=True):
-            greedy[row] = token
-        return [int(token) for token in greedy]
+        best = logits.argmax(dim=-1, keepdim=True)
+        is_dead = logits.gather(1, best).isneginf().squeeze(1).tolist()
+        tokens = [None if dead else int(token) for token, dead in zip(best.squeeze(1).tolist(), is_dead, strict=True)]
+        drawn = [row for row, each in enumerate(params) if each.temperature > 0 and not is_dead[row]]
+        if drawn:
+            uniforms = [self._uniform(requests[row]) for row in drawn]
+            picked = draw(logits[drawn], [params[row] for row in drawn], uniforms)
+            for row, token in zip(drawn, picked, strict=True):
+                tokens[row] = token
+        return tokens
 
     def _uniform(self, request: Request) -> float:
         seed = request.params.seed
@@ -54,11 +58,13 @@ def uniform(source: str, position: int) -> float:
 
 
 def adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Penalties, bias and bans; a copy is changed, (requests, vocabulary)."""
+    """Penalties, bias and masks; a copy is changed, (requests, vocabulary)."""
+    masks = Masks(requests)
     logits = logits.clone()
     _penalize_repetition(logits, requests)
     _penalize_presence(logits, requests)
     _add_biases(logits, requests)
+    masks.apply(logits)
     return logits
 
 
@@ -70,10 +76,10 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[fl
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures
     choices = torch.tensor(uniforms, dtype=torch.float64, device=device)
     vocabulary = logits.shape[-1]
-    is_sorted = [each.top_p < 1 or 0 < each.top_k < vocabulary for each in params]
+    ways = [_way_to_draw(each, vocabulary) for each in params]
     tokens = [0] * len(params)
-    for is_wanted, pick in ((False, _draw_plain), (True, _draw_sorted)):
-        rows = [row for row, each in enumerate(is_sorted) if each is is_wanted]
+    for pick in (_draw_plain, _draw_sorted, _draw_typical):
+        rows = [row for row, way in enumerate(ways) if way is pick]
         if rows:
             picked = pick(scaled[rows], [params[row] for row in rows], choices[rows])
             for row, token in zip(rows, picked.tolist(), strict=True):
@@ -105,14 +111,8 @@ def _changes_logits(request: Request) -> bool:
         or params.frequency_penalty
         or params.repetition_penalty != 1.0
         or params.logit_bias
-        or _banned(request)
+        or is_masked(request)
     )
-
-
-def _banned(request: Request) -> frozenset[int]:
-    """What would end the request is banned until it has as many tokens as it must have."""
-    params = request.params
-    return params.stop_token_ids if request.num_output_tokens < params.min_tokens else frozenset()
 
 
 def _counts(logits: Tensor, token_lists: Sequence[Sequence[int]]) -> Tensor:
@@ -154,9 +154,7 @@ def _add_biases(logits: Tensor, requests: Sequence[Request]) -> None:
     entries = [
         (row, token, bias)
         for row, request in enumerate(requests)
-        for token, bias in chain(
-            request.params.logit_bias.items(), ((token, -math.inf) for token in sorted(_banned(request)))
-        )
+        for token, bias in request.params.logit_bias.items()
         if token < logits.shape[-1]
     ]
     if entries:
@@ -192,23 +190,67 @@ def _draw_plain(scaled: Tensor, params: Sequence[SamplingParams], choices: Tenso
     return _invert(probabilities, choices)
 
 
+def _way_to_draw(params: SamplingParams, vocabulary: int) -> Callable[..., Tensor]:
+    if params.typical_p < 1:
+        return _draw_typical
+    return _draw_sorted if params.top_p < 1 or 0 < params.top_k < vocabulary else _draw_plain
+
+
 def _draw_sorted(scaled: Tensor, params: Sequence[SamplingParams], choices: Tensor) -> Tensor:
+    tokens, probabilities = _keep_likely(scaled, params, num_candidates=_NUM_CANDIDATES)
+    return tokens.gather(1, _invert(probabilities, choices).unsqueeze(1)).squeeze(1)
+
+
+def _draw_typical(scaled: Tensor, params: Sequence[SamplingParams], choices: Tensor) -> Tensor:
+    """Locally typical sampling (arXiv 2202.00666, section 4): tokens whose surprise is nearest to what was expected.
+
+    Kept are the fewest, nearest first, that have the probability typical_p together. Everything is sorted, always: the
+    sums below would be rounded otherwise for other candidates.
+    """
+    tokens, probabilities = _keep_likely(scaled, params, num_candidates=scaled.shape[-1])
+    probabilities = probabilities / probabilities.cumsum(dim=-1)[:, -1:]
+    surprise = -probabilities.clamp(min=torch.finfo(torch.float64).tiny).log()
+    entropy = (probabilities * surprise).cumsum(dim=-1)[:, -1:]
+    # What cannot be drawn comes last; equals stay in their order, the likelier first.
+    distance = (surprise - entropy).abs().masked_fill(probabilities == 0, torch.inf)
+    order = distance.argsort(dim=-1, stable=True)
+    tokens, probabilities = tokens.gather(1, order), probabilities.gather(1, order)
+    limits = torch.tensor([each.typical_p for each in params], dtype=torch.float64, device=scaled.device).unsqueeze(1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    probabilities[:, 1:] *= before[:, 1:] < limits
+    return tokens.gather(1, _invert(probabilities, choices).unsqueeze(1)).squeeze(1)
+
+
+def _keep_likely(scaled: Tensor, params: Sequence[SamplingParams], *, num_candidates: int) -> tuple[Tensor, Tensor]:
+    """Tokens, best first, and their probabilities, 0 for those that top-k, top-p or min-p drops: (rows, candidates).
+
+    At first so many candidates are looked at, and all tokens where they turn out too few.
+    """
     vocabulary = scaled.shape[-1]
     limits = [each.top_k if 0 < each.top_k < vocabulary else vocabulary for each in params]
     top_k = torch.tensor(limits, device=scaled.device).unsqueeze(1)
     top_p = torch.tensor([each.top_p for each in params], dtype=torch.float64, device=scaled.device).unsqueeze(1)
-    num_candidates = min(vocabulary, max([_NUM_CANDIDATES, *(limit for limit in limits if limit < vocabulary)]))
-    values, tokens = scaled.topk(num_candidates, dim=-1)  # best first
-    probabilities = torch.softmax(scaled, dim=-1).gather(1, tokens).to(torch.float64)
+    num_candidates = min(vocabulary, max([num_candidates, *(limit for limit in limits if limit < vocabulary)]))
+    likelihoods = torch.softmax(scaled, dim=-1)
+    values, tokens = _find_best(scaled, num_candidates)
+    probabilities = likelihoods.gather(1, tokens).to(torch.float64)
     needs_all = (probabilities.sum(dim=-1, keepdim=True) < top_p) & (top_k > num_candidates)
     if num_candidates < vocabulary and bool(needs_all.any()):
-        values, tokens = scaled.sort(dim=-1, descending=True, stable=True)
-        probabilities = torch.softmax(scaled, dim=-1).gather(1, tokens).to(torch.float64)
+        values, tokens = _find_best(scaled, vocabulary)
+        probabilities = likelihoods.gather(1, tokens).to(torch.float64)
     places = torch.arange(values.shape[-1], device=scaled.device)
     probabilities = probabilities * (places < top_k)
     # Where top-k cut, top-p is a share of what it left; elsewhere of everything, even if not all of it was sorted.
-    total = torch.where(top_k < vocabulary, probabilities.sum(dim=-1, keepdim=True), 1.0)
+    total = torch.where(top_k < vocabulary, probabilities.cumsum(dim=-1)[:, -1:], 1.0)
     before = probabilities.cumsum(dim=-1) - probabilities
     probabilities = probabilities * ((before < top_p * total) | (places == 0))
-    probabilities = probabilities * _passes_min_p(values, params)
-    return tokens.gather(1, _invert(probabilities, choices).unsqueeze(1)).squeeze(1)
+    return tokens, probabilities * _passes_min_p(values, params)
+
+
+def _find_best(scaled: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Values and tokens, best first: (rows, number)."""
+    if number < scaled.shape[-1]:
+        values, tokens = scaled.topk(number, dim=-1)
+    else:
+        values, tokens = scaled.sort(dim=-1, descending=True, stable=True)
+    return values, tokens

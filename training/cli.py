@@ -28,6 +28,7 @@ WORDS: dict[str, Word] = {
     "prepare": Word("training.qat.prepare", "begin a run: a float model and the recipe to train it for"),
     "train": Word("training.qat.train", "train a run, or go on with one"),
     "finalize": Word("training.finalize", "quantize a float model and write the artifact that qserve serves"),
+    "evaluate": Word("training.evaluate", "measure a model: loss, divergence from the float model, accuracy"),
     "demo": Word("training.demo", "make the demo model once, and print where it lies"),
     "recipes": Word("training.recipes", "list the recipes, and what this machine can do with each"),
 }

@@ -1,13 +1,13 @@
-"""`qserve-train finalize`: a float model becomes the artifact that qserve serves.
+"""`qserve-train finalize`: a float model or a run becomes the artifact that qserve serves.
 
-Quantizes after training, by rounding. `qserve.quant` knows how, `qserve.checkpoint` reads and writes; this joins them
-and says what became of every layer.
+A model is quantized by rounding; a run holds what was trained, and `training.qat.finalize` converts it. `qserve.quant`
+knows how, `qserve.checkpoint` reads and writes; this joins them and says what became of every layer.
 """
 
 import argparse
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +27,18 @@ from qserve.errors import UsageError
 from qserve.quant.recipe import HeadPolicy
 from qserve.quant.recipes import DEFAULT_RECIPE, RECIPES, find_recipe
 from training.destination import require_absent, require_space
+from training.run import Run, is_run, open_run, read_json
 from training.source import describe_source
 
 if TYPE_CHECKING:
     from training.account import Account
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_MEASURED = {
+    "float": "of the float model, on text held out of training",
+    "trained": "as it was trained",
+    "artifact": "of the artifact",
+}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _DESCRIPTION = """\
 Quantize a float model and write it, with tokenizer, chat template, generation
@@ -44,6 +50,7 @@ examples:
   qserve-train finalize model --out model-int4 --quantize int8-dynamic-act-int4-weight
   qserve-train finalize model --out model-int4 --quantize int4-weight-only --group-size 32 --head int8
   qserve-train finalize model --out model-int4 --quantize int4-weight-only --dry-run
+  qserve-train finalize run --out model-int4
 
 `qserve-train recipes` lists what --quantize knows.
 """
@@ -55,7 +62,8 @@ class Finalize:
 
     source: str  # a directory, or ORG/NAME on the hub
     out: Path
-    recipe: str
+    recipe: str | None = None  # None: the recipe of a run
+    step: int | None = None  # of a run: its last checkpoint
     head: str | None = None  # None: as the recipe says
     group_size: int | None = None
     dtype: str | None = None  # None: as the source has it
@@ -77,9 +85,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="a float checkpoint of transformers: its directory, or ORG/NAME on the hub")
+    add(
+        "source",
+        metavar="SOURCE",
+        help="a run, or a float checkpoint of transformers: its directory, or ORG/NAME on the hub",
+    )
     add("--out", type=Path, required=True, metavar="DIR", help="the new directory")
-    add("--quantize", required=True, metavar="RECIPE", help=f"{', '.join(RECIPES)}; start with {DEFAULT_RECIPE}")
+    add(
+        "--quantize", metavar="RECIPE", help=f"{', '.join(RECIPES)}; start with {DEFAULT_RECIPE}. A QAT run has its own"
+    )
+    add("--step", type=int, metavar="N", help="of a run: the checkpoint to take, instead of the last")
     add(
         "--head",
         choices=[policy.value for policy in HeadPolicy],
@@ -98,13 +113,17 @@ def run(options: argparse.Namespace) -> None:
         source=options.source,
         out=options.out,
         recipe=options.quantize,
+        step=options.step,
         head=options.head,
         group_size=options.group_size,
         dtype=options.dtype,
         format=options.format,
         max_shard_bytes=options.max_shard_size,
     )
-    (rehearse if options.dry_run else finalize)(plan, console=Console())
+    if is_run(Path(plan.source)):
+        (rehearse_run if options.dry_run else finalize_run)(plan, console=Console())
+    else:
+        (rehearse if options.dry_run else finalize)(plan, console=Console())
 
 
 def finalize(wanted: Finalize, *, console: Console) -> None:
@@ -114,7 +133,7 @@ def finalize(wanted: Finalize, *, console: Console) -> None:
     checkpoint, model, account = _survey(wanted)
     require_space(wanted.out, account.bytes_after)
     with _progress(console) as advance:
-        recipe = find_recipe(wanted.recipe)
+        recipe = find_recipe(_named(wanted))
         report = quantize(model, recipe, head=wanted.head, group_size=wanted.group_size, progress=advance)
     assert report.bytes_after == account.bytes_after, (report.bytes_after, account.bytes_after)
     with console.status(f"writing {wanted.out}"):
@@ -141,6 +160,54 @@ def rehearse(wanted: Finalize, *, console: Console) -> None:
     console.print(f"would write {wanted.out} as {wanted.format}; this was a dry run", highlight=False, soft_wrap=True)
 
 
+def finalize_run(wanted: Finalize, *, console: Console) -> None:
+    """Write what a run has trained, as a whole or not at all."""
+    from training.qat.finalize import finish  # torchao: seconds
+
+    work = _own_run(wanted)
+    home = Path(work.manifest["source"]["path"])
+    require_space(wanted.out, sum(file.stat().st_size for file in work.find(wanted.step).iterdir()))
+    trained = finish(work, step=wanted.step, console=console)
+    with console.status(f"writing {wanted.out}"):
+        save(
+            wanted.out,
+            trained.tensors,
+            config={**_without_dtype(read_json(home / "config.json")), "dtype": work.manifest["dtype"]},
+            recipe=trained.report.recipe if trained.report else None,
+            source=home,
+            provenance=trained.provenance,
+            format=wanted.format,
+            max_shard_bytes=wanted.max_shard_bytes,
+        )
+    for name, loss in trained.provenance["loss"].items():
+        if name != "tokens":
+            console.print(f"loss {loss:.6f} {_MEASURED[name]}", highlight=False)
+    console.print(f"{wanted.out} is ready: qserve serve {wanted.out}", highlight=False, soft_wrap=True)
+
+
+def rehearse_run(wanted: Finalize, *, console: Console) -> None:
+    """Say what `finalize_run` would do; nothing is written."""
+    work = _own_run(wanted)
+    found = work.find(wanted.step)
+    console.print(f"would make {wanted.out} of {found.name} of a run of {work.manifest['recipe']}", soft_wrap=True)
+    console.print(f"would write it as {wanted.format} in {work.manifest['dtype']}; this was a dry run", highlight=False)
+
+
+def _own_run(wanted: Finalize) -> Run:
+    """The run that is the source; its manifest says what it becomes, and no option may say otherwise."""
+    from training.qat.finalize import require_own_recipe
+
+    require_absent(wanted.out)
+    work = open_run(Path(wanted.source))
+    if work.is_float and (wanted.recipe or wanted.head or wanted.group_size):
+        raise UsageError(
+            f"{work.path} is a float run: finalize it to a checkpoint, then quantize that one with --quantize"
+        )
+    asked = {"recipe": wanted.recipe, "head": wanted.head, "group_size": wanted.group_size, "dtype": wanted.dtype}
+    require_own_recipe(work, asked)
+    return work
+
+
 def _survey(wanted: Finalize) -> tuple[Checkpoint, nn.Module, "Account"]:
     """The source, its model, and what the recipe would make of it; all that can be wrong is said here."""
     from transformers.utils import logging  # this one and torchao: seconds
@@ -150,13 +217,21 @@ def _survey(wanted: Finalize) -> tuple[Checkpoint, nn.Module, "Account"]:
 
     logging.disable_progress_bar()  # transformers' own, beside ours
     require_absent(wanted.out)
-    recipe = find_recipe(wanted.recipe)
+    recipe = find_recipe(_named(wanted))
     recipe.demand("make")
     checkpoint = detect(resolve(wanted.source))
     _require_float(checkpoint)
     model = load_model(checkpoint, dtype=wanted.torch_dtype)
     plan = make_plan(model, recipe, head=wanted.head, group_size=wanted.group_size)
     return checkpoint, model, draw_up(model, plan)
+
+
+def _named(wanted: Finalize) -> str:
+    if wanted.recipe is None:
+        raise UsageError(
+            f"{wanted.source} is no run, so it is quantized by rounding: name a recipe, --quantize {DEFAULT_RECIPE}"
+        )
+    return wanted.recipe
 
 
 def _require_float(checkpoint: Checkpoint) -> None:
@@ -171,9 +246,12 @@ def _require_float(checkpoint: Checkpoint) -> None:
 
 def _config(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any]:
     """The source's config.json, with the dtype that the float tensors have now."""
-    config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
     floats = Counter(parameter.dtype for parameter in model.parameters() if type(parameter.data) is torch.Tensor)
-    return {**config, "dtype": str(floats.most_common(1)[0][0]).removeprefix("torch.")}
+    return {**_without_dtype(checkpoint.config), "dtype": str(floats.most_common(1)[0][0]).removeprefix("torch.")}
+
+
+def _without_dtype(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "torch_dtype"}
 
 
 def _provenance(wanted: Finalize, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def quantize(
     """
     recipe.demand("make")
     _refuse_quantized(model)
-    return _convert(model, make_plan(model, recipe, head=head, group_size=group_size), progress)
+    return _convert(model, make_plan(model, recipe, head=head, group_size=group_size), progress, {})
 
 
 def prepare_qat(
@@ -126,18 +126,29 @@ def prepare_qat(
     return plan
 
 
-def convert_qat(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> Report:
-    """Turns a model that `prepare_qat` prepared by this plan into a quantized one, in place."""
+def convert_qat(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    parts: Mapping[str, Mapping[str, Tensor]] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Turns a model that `prepare_qat` prepared by this plan into a quantized one, in place.
+
+    `parts` are scales, and offsets where the tensor keeps them, that were learned, for layers by name.
+    """
     modules = dict(model.named_modules())
     missing = [name for name in plan.chosen if not isinstance(modules.get(name), FakeQuantizedLinear)]
     if missing:
         raise UsageError(f"{missing[0]} carries no fake quantizer; convert the model that was prepared by this plan")
     for name in plan.chosen:
         _replace(model, name, modules[name].to_linear())
-    return _convert(model, plan, progress)
+    return _convert(model, plan, progress, parts or {})
 
 
-def _convert(model: nn.Module, plan: Plan, progress: Progress | None) -> Report:
+def _convert(
+    model: nn.Module, plan: Plan, progress: Progress | None, parts: Mapping[str, Mapping[str, Tensor]]
+) -> Report:
     bytes_before = num_bytes(model)
     _untie_head(model, plan)
     layers = []
@@ -145,7 +156,7 @@ def _convert(model: nn.Module, plan: Plan, progress: Progress | None) -> Report:
         if progress is not None:
             progress(done, len(plan.chosen), name)
         module = model.get_submodule(name)
-        weight = make_tensor(module.get_parameter("weight"), config)
+        weight = make_tensor(module.get_parameter("weight"), config, **parts.get(name, {}))
         module.weight = nn.Parameter(weight, requires_grad=False)
         layers.append(_describe_layer(name, weight, config, plan))
     if not layers:

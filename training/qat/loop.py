@@ -18,6 +18,7 @@ from qserve.errors import UsageError
 from training.config import TrainOptions
 from training.qat.loss import losses
 from training.qat.model import Trainee
+from training.scores import score
 
 _MOMENTS = (0.9, 0.95)
 
@@ -101,16 +102,12 @@ class Training:
         with self.trainee.switch.suspended():
             return self.model(input_ids=inputs, use_cache=False).logits  # type: ignore[no-any-return]
 
-    @torch.no_grad()
     def measure(self, windows: Tensor) -> float:
         """The text's mean loss over windows, in float32 and as the artifact computes."""
         self.model.eval()
-        total = torch.zeros((), dtype=torch.float64)
-        for window in windows.to(self.accelerator.device, torch.int64):
-            logits = self.model(input_ids=window[None, :-1], use_cache=False).logits
-            total += losses(logits, window[None, 1:], None, kl_share=0.0)[1].double().cpu()
+        loss = score(self.model, windows).loss
         self.model.train()
-        return float(total / len(windows))
+        return loss
 
     def _update(self) -> None:
         for group in self.optimizer.param_groups:

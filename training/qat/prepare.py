@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from qserve.checkpoint.hub import resolve
 from qserve.errors import UsageError
 from qserve.quant.apply import make_plan, prepare_qat
 from qserve.quant.recipe import HeadPolicy
@@ -36,7 +37,7 @@ examples:
 class Prepare:
     """What a run is to be."""
 
-    base: Path
+    base: str  # a directory, or ORG/NAME on the hub
     run: Path
     recipe: str
     head: str | None = None  # None: as the recipe says
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("base", type=Path, metavar="BASE", help="directory of a float checkpoint of transformers")
+    add("base", metavar="BASE", help="a float checkpoint of transformers: its directory, or ORG/NAME on the hub")
     add("--recipe", default=DEFAULT_RECIPE, metavar="R", help=f"{FLOAT}, {', '.join(RECIPES)}")
     add("--run", type=Path, required=True, metavar="DIR", help="the new run's directory")
     add("--head", choices=[policy.value for policy in HeadPolicy], help="how the output head is quantized (int8)")
@@ -71,8 +72,8 @@ def run(options: argparse.Namespace) -> None:
 
 def prepare(wanted: Prepare, *, console: Console) -> Run:
     """Refuse what cannot be done, print what each layer will be, and write the run."""
-    source = source_of(wanted.base)
-    dtype = wanted.dtype or stored_dtype(wanted.base)
+    source = source_of(resolve(wanted.base))
+    dtype = wanted.dtype or stored_dtype(Path(source["path"]))
     manifest: dict[str, Any] = {"source": source, "recipe": wanted.recipe, "dtype": dtype}
     if wanted.recipe == FLOAT:
         if wanted.head or wanted.group_size:

@@ -1,0 +1,129 @@
+"""A run becomes what was trained: a QAT run an artifact, a float run a checkpoint. `training.finalize` is the word.
+
+The artifact holds every weight that training computed with, to the last bit: both are compared before a byte is
+written, and the loss is measured before and after.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from qserve.errors import UsageError
+from qserve.quant.apply import Report, convert_qat
+from qserve.quant.read import read_tensor
+from qserve.quant.weight import ActivationQuantization, QuantizedWeight
+from training.artifact import round_inputs
+from training.config import TrainOptions
+from training.data import windows
+from training.qat.model import Trainee, build, load_source
+from training.qat.state import load_parameters
+from training.run import DATA, Json, Run, read_tensors
+from training.scores import score
+
+_EQUAL = 1e-6  # of the losses before and after conversion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What a run gives to `save`."""
+
+    tensors: Mapping[str, Tensor]
+    report: Report | None  # None: a float run
+    provenance: Json
+
+
+def finish(run: Run, *, step: int | None, console: Console) -> Trained:
+    """The tensors of the run's checkpoint of `step`, by default the last, and how they were come by."""
+    state, trainee = load_trained(run, step=step)
+    trainee.settle()
+    held_out = _held_out(run)
+    with console.status("measuring the loss of what was trained"):
+        measured: Json = {"tokens": held_out.shape[0] * (held_out.shape[1] - 1)}
+        measured |= {"float": score(load_source(run.manifest["source"]), held_out).loss} if not run.is_float else {}
+        measured |= {"trained": score(trainee.model, held_out).loss}
+    provenance = _provenance(run, state)
+    if trainee.plan is None:
+        _cast(trainee.model, trainee.dtype)
+        return Trained(tensors=trainee.model.state_dict(), report=None, provenance={**provenance, "loss": measured})
+    report, tensors = _convert(trainee)
+    with console.status("measuring the loss of the artifact"):
+        measured |= {"artifact": score(trainee.model, held_out).loss}
+    _require_equal(measured)
+    return Trained(tensors=tensors, report=report, provenance={**provenance, "loss": measured})
+
+
+def load_trained(run: Run, *, step: int | None = None) -> tuple[Json, Trainee]:
+    """The state of a checkpoint and the model in it, which rounds as it did in training."""
+    if "training" not in run.manifest:
+        raise UsageError(f"{run.path} was never trained; run qserve-train train --run {run.path} --data TEXT first")
+    state, tensors = run.read(run.find(step))
+    trainee = build(run, TrainOptions(**run.manifest["training"]["options"]))
+    load_parameters(tensors, trainee.trainable())
+    trainee.model.eval().requires_grad_(False)
+    return state, trainee
+
+
+def require_own_recipe(run: Run, given: Mapping[str, Any]) -> None:
+    """What a QAT run was trained for is what it becomes: other wishes are refused, the same ones may be said again."""
+    for name, value in given.items():
+        own = run.manifest.get(name)
+        if value is not None and value != own:
+            raise UsageError(
+                f"{run.path} was trained with {name.replace('_', ' ')} {own}, not {value}: its weights were taught to "
+                f"be rounded so, and no other way. Leave the option out, or prepare a run with {value}"
+            )
+
+
+def _convert(trainee: Trainee) -> tuple[Report, dict[str, Tensor]]:
+    """The quantized tensors; the model goes on as a float model that computes with their values."""
+    assert trainee.plan is not None
+    parts = {name: rounder.ranges.parts() for name, rounder in trainee.rounders.items() if rounder.ranges is not None}
+    trained = {name: rounder.round(trainee.weight(name)).values for name, rounder in trainee.rounders.items()}
+    _cast(trainee.model, trainee.dtype)
+    report = convert_qat(trainee.model, trainee.plan, parts=parts)
+    tensors = {name: tensor.detach() for name, tensor in trainee.model.state_dict().items()}
+    kinds: dict[str, ActivationQuantization] = {}
+    for name, values in trained.items():
+        weight = read_tensor(name, tensors[f"{name}.weight"])
+        assert isinstance(weight, QuantizedWeight)
+        found = weight.dequantize().float()
+        assert torch.equal(found, values.float()), f"{name} was not converted to what was trained"
+        trainee.model.get_submodule(name).weight = nn.Parameter(found, requires_grad=False)
+        kinds[name] = weight.activation
+    _cast(trainee.model, torch.float32)
+    round_inputs(trainee.model, kinds)
+    return report, tensors
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters alone: buffers such as the rotary frequencies stay as exact as they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _held_out(run: Run) -> Tensor:
+    tokens = read_tensors(run.path / DATA)["held_out"]
+    length = min(run.manifest["training"]["options"]["sequence_length"], len(tokens) - 1)
+    return windows(tokens, length)
+
+
+def _require_equal(measured: Mapping[str, Any]) -> None:
+    gap = abs(measured["artifact"] - measured["trained"])
+    assert gap <= _EQUAL, f"the loss was {measured['trained']} before conversion and is {measured['artifact']} after"
+
+
+def _provenance(run: Run, state: Json) -> Json:
+    source = run.manifest["source"]
+    return {
+        "method": "float training" if run.is_float else "quantization-aware training",
+        "source": {"name": Path(source["path"]).name, "sha256": source["sha256"]},
+        "step": state["step"],
+        "dtype": run.manifest["dtype"],
+        "training": run.manifest["training"],
+        "trained_with": run.manifest["versions"],
+    }

@@ -71,11 +71,13 @@ def build_llm(
         runner = _make_runner(loaded, checkpoint, engine=engine, device=device, max_blocks=num_blocks)
         runner.warm_up(max_tokens=min(_WARM_UP_TOKENS, engine.max_step_tokens))
     own_name = path.resolve().name if Path(model).expanduser().exists() else str(model)
+    names = server.served_model_name or (own_name,)
     room = runner.num_blocks * engine.block_size
     if room < limit:
         _log.warning("the cache holds %d tokens, so the context is cut from %d; --kv-cache-mb gives more", room, limit)
     info = ModelInfo(
-        name=server.served_model_name or own_name,
+        name=names[0],
+        other_names=names[1:],
         max_model_len=min(limit, room),
         vocabulary_size=runner.vocab_size,
         created=int(time.time()),
@@ -86,7 +88,18 @@ def build_llm(
         },
     )
     loop = EngineLoop(Engine(Scheduler(engine, runner.num_blocks), runner)).start()
-    metrics = Metrics(info.name, lambda: loop.stats)
+    metrics = Metrics(
+        info.name,
+        lambda: loop.stats,
+        prefix=server.metrics_prefix,
+        max_model_len=info.max_model_len,
+        cache={
+            "block_size": engine.block_size,
+            "num_blocks": runner.num_blocks,
+            "cache_dtype": str(_cache_dtype(device, checkpoint)).removeprefix("torch."),
+            "enable_prefix_caching": engine.prefix_caching,
+        },
+    )
     _log.info("%s is loaded in %s; context %d tokens", info.name, clock.report(), info.max_model_len)
     return LLM(info=info, tokenizer=tokenizer, template=template, loop=loop, metrics=metrics)
 

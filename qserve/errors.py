@@ -5,6 +5,7 @@ QserveError
 │   ├── InvalidRequest          a field is malformed, of a wrong type or out of range
 │   ├── ContextLengthExceeded   prompt and max_tokens do not fit the model's context
 │   ├── ModelNotFound           the request names a model that is not served here
+│   ├── DeadlineExceeded        the answer took longer than the server lets it take
 │   └── QueueFull               more work than the queue may hold: try again later
 ├── ArtifactError               the files' fault: cannot be loaded, and the message says what to do
 │   ├── NotACheckpoint          the path holds no model
@@ -45,11 +46,16 @@ class ModelNotFound(RequestError):
     """The request names a model that is not served here."""
 
 
-class QueueFull(RequestError):
-    """The queue holds as much as it may; `retry_after` is in seconds."""
+class DeadlineExceeded(RequestError):
+    """The answer took longer than the server lets it take."""
 
-    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+
+class QueueFull(RequestError):
+    """The queue holds as much as it may, of `reason` (requests or tokens); `retry_after` is in seconds."""
+
+    def __init__(self, message: str, *, reason: str, retry_after: int = 1) -> None:
         super().__init__(message)
+        self.reason = reason
         self.retry_after = retry_after
 
 

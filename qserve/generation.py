@@ -33,6 +33,14 @@ class GenerationOptions:
     priority: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deadline:
+    """When a generation ends at the latest, in the event loop's time, and how: with what there is, or with an error."""
+
+    at: float
+    is_error: bool
+
+
 @dataclass(frozen=True, slots=True)
 class ScoredToken:
     """A token's log-probabilities, the token itself first, and where its text begins in the text that is returned.
@@ -95,6 +103,12 @@ class TextAssembler:
         if not self._text and finish_reason is None:
             return None
         return self._take(finish_reason, stop_reason)
+
+    def cut(self, request_id: str) -> TextDelta | None:
+        """The end of a generation that was given no more time; None while scores of the prompt are missing."""
+        if self._options.sampling.prompt_logprobs is not None and not self._num_output_tokens:
+            return None
+        return self.add(TokenEvent(request_id=request_id, finish_reason=FinishReason.LENGTH))
 
     def _add_token(self, token_id: int, event: TokenEvent) -> int | None:
         """Takes in a token; its id when it is one of the caller's own stop tokens and ends the text."""

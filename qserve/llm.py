@@ -5,7 +5,6 @@ makes one). Every generation, streamed or not, is a `Generation`, and leaving it
 """
 
 import asyncio
-import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
@@ -16,13 +15,18 @@ from typing import Any, Self
 
 from qserve.engine.loop import EngineLoop
 from qserve.engine.request import FinishReason, Request, SamplingParams, TokenEvent
-from qserve.errors import ContextLengthExceeded, InvalidRequest, NotReady, QserveError
-from qserve.generation import GenerationOptions, Prompt, TextAssembler, TextDelta
-from qserve.metrics import Metrics
+from qserve.errors import (
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotReady,
+    QserveError,
+    QueueFull,
+)
+from qserve.generation import Deadline, GenerationOptions, Prompt, TextAssembler, TextDelta
+from qserve.metrics import Metrics, Outcome
 from qserve.text.templates import ChatTemplate, Message
 from qserve.text.tokenizer import Tokenizer
-
-_log = logging.getLogger("qserve.requests")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +34,7 @@ class ModelInfo:
     """What is served. `details` is what only some models have: recipe, bytes by kind, kernels."""
 
     name: str
+    other_names: tuple[str, ...] = ()
     max_model_len: int
     vocabulary_size: int
     created: int
@@ -97,7 +102,7 @@ class LLM:
             )
         return asked
 
-    def start(self, prompt: Prompt, options: GenerationOptions) -> "Generation":
+    def start(self, prompt: Prompt, options: GenerationOptions, *, deadline: Deadline | None = None) -> "Generation":
         """Hands a request to the engine; raises QueueFull or EngineDead at once. Call it on a running event loop."""
         sampling = options.sampling
         self.check_vocabulary(sampling.logit_bias, param="logit_bias")
@@ -105,7 +110,13 @@ class LLM:
         ends = frozenset() if options.ignore_eos else self.tokenizer.end_token_ids
         sampling = replace(sampling, stop_token_ids=sampling.stop_token_ids | ends)
         request = Request(uuid.uuid4().hex, list(prompt.ids), sampling, priority=options.priority)
-        return Generation(self, request, TextAssembler(self.tokenizer, prompt, options), self.loop.submit(request))
+        assembler = TextAssembler(self.tokenizer, prompt, options)
+        try:
+            events = self.loop.submit(request)
+        except QueueFull as error:
+            self.metrics.observe_rejection(error.reason)
+            raise
+        return Generation(self, request, assembler, events, deadline=deadline)
 
     def check_vocabulary(self, ids: Iterable[int], *, param: str) -> None:
         """Raises for an id that the model does not have, naming the field it came in."""
@@ -134,24 +145,6 @@ class LLM:
                 texts[index] += delta.text
         return texts
 
-    def note_end(self, request: Request, finish_reason: FinishReason) -> None:
-        """One log line and the metrics of a request that has ended; never what was said in it."""
-        seconds = time.perf_counter() - request.created_at
-        first = request.first_token_at - request.created_at if request.first_token_at else None
-        self.metrics.observe(
-            finish_reason=finish_reason, seconds=seconds, first_token=first, num_output_tokens=request.num_output_tokens
-        )
-        _log.info(
-            "id=%s finish_reason=%s prompt_tokens=%d cached_tokens=%d output_tokens=%d first_token_s=%s total_s=%.3f",
-            request.id,
-            finish_reason,
-            request.num_prompt_tokens,
-            request.num_cached_tokens,
-            request.num_output_tokens,
-            "-" if first is None else f"{first:.3f}",
-            seconds,
-        )
-
     async def drain(self, seconds: float) -> None:
         """Take nothing new, and give what runs this long to finish."""
         await asyncio.to_thread(self.loop.drain, seconds)
@@ -164,13 +157,22 @@ class LLM:
 class Generation:
     """One running request as an iterator of text. Leave its `with` block, and the engine holds nothing of it."""
 
-    def __init__(self, llm: LLM, request: Request, assembler: TextAssembler, events: AsyncIterator[TokenEvent]) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        request: Request,
+        assembler: TextAssembler,
+        events: AsyncIterator[TokenEvent],
+        *,
+        deadline: Deadline | None = None,
+    ) -> None:
         self._llm = llm
         self._request = request
         self._assembler = assembler
         self._events = events
+        self._deadline = deadline
         self._finish_reason: FinishReason | None = None
-        self._is_closed = False
+        self.outcome: Outcome | None = None  # once it is closed
 
     def __enter__(self) -> Self:
         return self
@@ -186,22 +188,53 @@ class Generation:
     async def __anext__(self) -> TextDelta:
         if self._finish_reason is not None:
             raise StopAsyncIteration
+        delta = await (self._next() if self._deadline is None else self._next_until(self._deadline))
+        self._finish_reason = delta.finish_reason
+        return delta
+
+    async def _next(self) -> TextDelta:
         async for event in self._events:
             if event.finish_reason is FinishReason.ABORT:
                 break
             delta = self._assembler.add(event)
             if delta is not None:
-                self._finish_reason = delta.finish_reason
                 return delta
         raise NotReady("The server is ending, and this request was cut short: send it again, elsewhere or later.")
 
+    async def _next_until(self, deadline: Deadline) -> TextDelta:
+        try:
+            async with asyncio.timeout_at(deadline.at):
+                return await self._next()
+        except TimeoutError as error:
+            delta = None if deadline.is_error else self._assembler.cut(self._request.id)
+            if delta is None:
+                message = "The answer took longer than this server lets it take: ask for fewer tokens, or try later."
+                raise DeadlineExceeded(message) from error
+            return delta
+
     def close(self) -> None:
         """Abort the request if it still runs. A second call does nothing."""
-        if self._is_closed:
+        if self.outcome is not None:
             return
-        self._is_closed = True
         self._llm.loop.abort(self._request.id)  # where it has ended, nothing happens
-        self._llm.note_end(self._request, self._finish_reason or FinishReason.ABORT)
+        self.outcome = _describe_end(self._request, self._finish_reason or FinishReason.ABORT)
+        self._llm.metrics.observe(self.outcome)
+
+
+def _describe_end(request: Request, finish_reason: FinishReason) -> Outcome:
+    start = request.created_at
+    return Outcome(
+        finish_reason=finish_reason,
+        num_prompt_tokens=request.num_prompt_tokens,
+        num_cached_tokens=request.num_cached_tokens,
+        num_output_tokens=request.num_output_tokens,
+        max_tokens=request.params.max_tokens,
+        num_preemptions=request.num_preemptions,
+        total_seconds=(request.finished_at or time.perf_counter()) - start,
+        queue_seconds=request.admitted_at - start if request.admitted_at else None,
+        first_token_seconds=request.first_token_at - start if request.first_token_at else None,
+        last_token_seconds=request.last_token_at - start if request.last_token_at else None,
+    )
 
 
 async def merge(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, TextDelta]]:

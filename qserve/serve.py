@@ -5,53 +5,54 @@ imported only by the thread that loads.
 """
 
 import argparse
-import asyncio
 import logging
-import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from importlib import import_module
-from types import FrameType
-
-import uvicorn
 
 from qserve.api.app import make_app
 from qserve.api.service import Service
-from qserve.config import DeviceConfig, EngineConfig, ServerConfig
+from qserve.config import AccessConfig, DeviceConfig, EngineConfig, LimitsConfig, ModelConfig, ServerConfig
 from qserve.errors import QserveError, UsageError
 from qserve.llm import LLM
-from qserve.options import add_options, read_options
+from qserve.logs import set_up_logging
+from qserve.options import PRECEDENCE, add_file_option, add_options, read_file, read_options
+from qserve.server import Server, listen
 
 _log = logging.getLogger(__name__)
-_BACKLOG = 2048
-_KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, so that none is closed under their hands
-_LAST_WORDS_SECONDS = 5  # after the drain: to send the error frames of the streams that were cut short
+_OPTIONS = (ServerConfig, AccessConfig, LimitsConfig, EngineConfig, DeviceConfig)
 
-_DESCRIPTION = """\
+_DESCRIPTION = f"""\
 Serve a model over the OpenAI API. MODEL is a directory with config.json and weights, or ORG/NAME on the model hub;
-without it a small demo model is made once, kept in a cache, and served."""
+without it a small demo model is made once, kept in a cache, and served. {PRECEDENCE}"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = _DESCRIPTION
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a directory or ORG/NAME; by default the demo model")
-    for config in (ServerConfig, EngineConfig, DeviceConfig):
+    add_file_option(parser)
+    for config in _OPTIONS:
         add_options(parser, config)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    config = read_options(arguments, ServerConfig)
-    engine, device = read_options(arguments, EngineConfig), read_options(arguments, DeviceConfig)
-    listening = _listen(config)
+    file = read_file(arguments, (ModelConfig, *_OPTIONS))
+    config = read_options(arguments, ServerConfig, file=file)
+    set_up_logging(as_json=config.log_json)
+    access, limits = read_options(arguments, AccessConfig, file=file), read_options(arguments, LimitsConfig, file=file)
+    engine, device = read_options(arguments, EngineConfig, file=file), read_options(arguments, DeviceConfig, file=file)
+    model = read_options(arguments, ModelConfig, file=file).model or None
     service = Service()
-    loader = _Loader(arguments.model, service, configs=(config, engine, device))
-    server = _Server(config, service)
+    app = make_app(service, access=access, limits=limits)
+    server = Server(app, service, config, receive_seconds=limits.receive_seconds)
+    listening = listen(config)
+    loader = _Loader(model, service, configs=(config, engine, device))
     host, port = listening.getsockname()[:2]
-    _log.info("listening on http://%s:%d; the model is being loaded", host, port)
-    loader.start(then=lambda llm: print(_greeting(llm, f"http://{host}:{port}"), flush=True), on_failure=server.stop)
+    url = f"{'https' if config.ssl_certfile else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+    _log.info("listening on %s; the model is being loaded", url)
+    loader.start(then=lambda llm: print(_greeting(llm, url), flush=True), on_failure=server.stop)
     server.run(sockets=[listening])
     loader.cancel()
     if loader.failure is not None:
@@ -108,60 +109,6 @@ class _Loader:
         if self._demo.returncode:
             raise UsageError("The demo model could not be made; what went wrong stands above. Name a model instead.")
         return printed.strip().splitlines()[-1]
-
-
-class _Server(uvicorn.Server):
-    """uvicorn, ending as we promise: what runs may finish, what cannot ends with an error frame, and the exit is 0."""
-
-    def __init__(self, config: ServerConfig, service: Service) -> None:
-        super().__init__(
-            uvicorn.Config(
-                make_app(service, config),
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                lifespan="off",
-                http="httptools",
-                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=int(config.drain_seconds) + _LAST_WORDS_SECONDS,
-            )
-        )
-        self._service = service
-        self._drain_seconds = config.drain_seconds
-        self.engine_has_died = False
-
-    def stop(self) -> None:
-        """Ends the server; may be called from any thread."""
-        self.should_exit = True
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Not uvicorn's own: it would raise the signal again after a clean end, and we would not exit with 0."""
-        self.force_exit = self.should_exit  # asked twice: at once
-        self.should_exit = True
-
-    async def on_tick(self, counter: int) -> bool:
-        """Ten times a second. Without its engine the process is of no use, and a supervisor should start another."""
-        self.engine_has_died = not self._service.is_alive
-        return await super().on_tick(counter) or self.engine_has_died
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        draining = asyncio.create_task(self._service.close(drain_seconds=self._drain_seconds))
-        await super().shutdown(sockets)
-        if self.force_exit:
-            draining.cancel()
-        else:
-            await draining
-
-
-def _listen(config: ServerConfig) -> socket.socket:
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    try:
-        return socket.create_server((config.host, config.port), family=family, backlog=_BACKLOG)
-    except OSError as error:
-        raise UsageError(
-            f"Cannot listen on {config.host} port {config.port}: {error.strerror}. Choose another --port (0 takes a "
-            "free one), or end what uses it."
-        ) from error
 
 
 def _greeting(llm: LLM, url: str) -> str:

@@ -15,10 +15,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive
 
+from qserve.api.access_log import note_generations
+from qserve.api.limits import find_deadline
 from qserve.api.logprobs import LogprobWriter
 from qserve.api.protocol import GenerationRequest
 from qserve.api.stream import Envelope, EventStream, StreamForm, UsageCounter, write_frames
-from qserve.generation import GenerationOptions, Prompt, ScoredToken, TextDelta
+from qserve.generation import Deadline, GenerationOptions, Prompt, ScoredToken, TextDelta
 from qserve.llm import LLM, Generation, merge
 
 _T = TypeVar("_T")
@@ -37,10 +39,10 @@ class Plan:
     num_samples: int  # generations a prompt; the best `wanted.n` of them are returned
     logprobs: LogprobWriter | None
 
-    def start(self, held: ExitStack) -> list[Generation]:
+    def start(self, held: ExitStack, *, deadline: Deadline | None) -> list[Generation]:
         """A generation for every sample of every prompt, in the order of OpenAI's choice index."""
         return [
-            held.enter_context(self.llm.start(prompt, _for_sample(options, number)))
+            held.enter_context(self.llm.start(prompt, _for_sample(options, number), deadline=deadline))
             for prompt, options in zip(self.prompts, self.options, strict=True)
             for number in range(self.num_samples)
         ]
@@ -92,7 +94,8 @@ async def answer(request: Request, plan: Plan, *, unknown_fields: Sequence[str])
     """Starts what was planned. Errors up to here have a status; later ones in a stream are frames."""
     headers = {"x-qserve-ignored-fields": _as_header(unknown_fields)} if unknown_fields else {}
     with ExitStack() as held:
-        generations = plan.start(held)
+        generations = plan.start(held, deadline=find_deadline(plan.wanted.timeout, request.app.state.limits))
+        note_generations(request.scope, generations)
         if plan.wanted.stream:
             return EventStream(_stream(plan, generations), held.pop_all(), headers)
         return JSONResponse(await _unless_gone(request.receive, _collect(plan, generations)), headers=headers)

@@ -1,19 +1,24 @@
 """The ASGI application: which path is answered by what, and what every request passes through first."""
 
+from collections.abc import Sequence
+
 from sse_starlette.sse import AppStatus
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from qserve.api import routes
+from qserve.api.access_log import AccessLog
 from qserve.api.chat import chat_completions
 from qserve.api.completions import completions
 from qserve.api.errors import answer_http, answer_nobody, answer_ours, answer_unexpected
-from qserve.api.middleware import ApiKey, BodyLimit, RequestId
+from qserve.api.keys import ApiKey
+from qserve.api.middleware import BodyLimit, RequestId
 from qserve.api.service import Service
-from qserve.config import ServerConfig
+from qserve.config import AccessConfig, LimitsConfig
 from qserve.errors import QserveError
 
 _ROUTES = [
@@ -37,17 +42,20 @@ _ROUTES = [
 ]
 
 
-def make_app(service: Service, config: ServerConfig) -> Starlette:
+def make_app(service: Service, *, access: AccessConfig | None = None, limits: LimitsConfig | None = None) -> Starlette:
     """The application over a service that may still be loading its model."""
     # sse-starlette hooks itself into uvicorn's exit and would cut every stream at once on SIGTERM. Streams end when
     # the engine has drained, so its hook is switched off.
     AppStatus.enable_automatic_graceful_drain = False
+    access, limits = access or AccessConfig(), limits or LimitsConfig()
     app = Starlette(
         routes=_ROUTES,
         middleware=[
             Middleware(RequestId),
-            Middleware(ApiKey, keys=config.api_key),
-            Middleware(BodyLimit, max_bytes=config.max_body_mb * 2**20),
+            Middleware(AccessLog, service=service),
+            *_cors(access.allow_origin),
+            Middleware(ApiKey, access=access),
+            Middleware(BodyLimit, max_bytes=limits.max_body_mb * 2**20),
         ],
         exception_handlers={
             QserveError: answer_ours,
@@ -57,5 +65,18 @@ def make_app(service: Service, config: ServerConfig) -> Starlette:
         },
     )
     app.state.service = service
+    app.state.limits = limits
     app.router.redirect_slashes = False
     return app
+
+
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    """Closed unless origins are named. It stands before the keys, for a browser's preflight carries none."""
+    if not origins:
+        return []
+    exposed = ["x-request-id", "retry-after", "x-qserve-ignored-fields"]
+    return [
+        Middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=exposed
+        )
+    ]

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from qserve.api.answer import Plan, answer
+from qserve.api.limits import check_limits
 from qserve.api.logprobs import LogprobWriter
 from qserve.api.protocol import ChatMessage, ChatRequest, parse
 from qserve.api.service import Service
@@ -18,6 +19,7 @@ from qserve.llm import LLM
 async def chat_completions(request: Request) -> Response:
     service: Service = request.app.state.service
     wanted, unknown = parse(ChatRequest, await request.body())
+    check_limits(wanted, request.app.state.limits)
     plan = await asyncio.to_thread(_plan, service.find(wanted.model), wanted)
     return await answer(request, plan, unknown_fields=unknown)
 

@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from qserve.api.answer import Plan, answer
+from qserve.api.limits import check_limits
 from qserve.api.logprobs import LogprobWriter
 from qserve.api.protocol import CompletionRequest, parse
 from qserve.api.service import Service
@@ -16,6 +17,7 @@ from qserve.llm import LLM
 async def completions(request: Request) -> Response:
     service: Service = request.app.state.service
     wanted, unknown = parse(CompletionRequest, await request.body())
+    check_limits(wanted, request.app.state.limits)
     # In a thread: a long prompt takes long to encode, and streams must not stand still for it.
     plan = await asyncio.to_thread(_plan, service.find(wanted.model), wanted)
     return await answer(request, plan, unknown_fields=unknown)

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from qserve.errors import (
     ContextLengthExceeded,
+    DeadlineExceeded,
     EngineDead,
     ModelNotFound,
     NotReady,
@@ -29,6 +30,7 @@ _log = logging.getLogger(__name__)
 _OURS: tuple[tuple[type[QserveError], int, str, str | None], ...] = (
     (ContextLengthExceeded, 400, "invalid_request_error", "context_length_exceeded"),
     (ModelNotFound, 404, "invalid_request_error", "model_not_found"),
+    (DeadlineExceeded, 408, "server_error", "deadline_exceeded"),
     (QueueFull, 429, "rate_limit_error", "queue_full"),
     (RequestError, 400, "invalid_request_error", None),
     (NotReady, 503, "server_error", "not_ready"),

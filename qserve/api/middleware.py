@@ -1,12 +1,10 @@
-"""What happens to every request before its route: an id, the key, the size and the kind of its body.
+"""What happens to every request before its route: an id, the size and the kind of its body.
 
 Plain ASGI: Starlette's BaseHTTPMiddleware would hide from the routes that a client has gone away.
 """
 
-import hmac
 import re
 import uuid
-from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -15,7 +13,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from qserve.api.errors import refusal
 
 _ALLOWED_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_OPEN_PATHS = frozenset({"/health", "/ready"})
 
 
 class RequestId:
@@ -38,27 +35,6 @@ class RequestId:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
-
-
-class ApiKey:
-    """Asks for one of the keys on every path but those that probes use."""
-
-    def __init__(self, app: ASGIApp, *, keys: Sequence[str]) -> None:
-        self._app = app
-        self._keys = [key.encode() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._keys and scope["path"] not in _OPEN_PATHS:
-            scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not self._is_known(given.strip().encode()):
-                message = "Incorrect API key, or none: send the header 'Authorization: Bearer KEY'."
-                await refusal(401, message, headers={"WWW-Authenticate": "Bearer"})(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-    def _is_known(self, given: bytes) -> bool:
-        # Every key is compared, and each in constant time, so that the time taken tells nothing.
-        return sum(hmac.compare_digest(given, key) for key in self._keys) > 0
 
 
 class BodyLimit:

@@ -27,7 +27,10 @@ async def ready(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    return Response(_service(request).llm.metrics.render(), media_type=CONTENT_TYPE)
+    """Also while the server drains, and when its engine has died: then they are of most interest."""
+    service = _service(request)
+    counted = service.metrics or service.llm.metrics
+    return Response(counted.render(), media_type=CONTENT_TYPE)
 
 
 async def version(request: Request) -> Response:
@@ -35,12 +38,14 @@ async def version(request: Request) -> Response:
 
 
 async def list_models(request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [_describe(_service(request).llm)]})
+    llm = _service(request).llm
+    return JSONResponse({"object": "list", "data": [_describe(llm, name) for name in _names(llm)]})
 
 
 async def show_model(request: Request) -> Response:
-    llm = _service(request).find(request.path_params["name"])
-    return JSONResponse({**_describe(llm), **llm.info.details})
+    name = request.path_params["name"]
+    llm = _service(request).find(name)
+    return JSONResponse({**_describe(llm, name), **llm.info.details})
 
 
 async def tokenize(request: Request) -> Response:
@@ -91,10 +96,14 @@ def _service(request: Request) -> Service:
     return service
 
 
-def _describe(llm: LLM) -> dict[str, Any]:
+def _names(llm: LLM) -> tuple[str, ...]:
+    return (llm.info.name, *llm.info.other_names)
+
+
+def _describe(llm: LLM, name: str) -> dict[str, Any]:
     info = llm.info
     return {
-        "id": info.name,
+        "id": name,
         "object": "model",
         "created": info.created,
         "owned_by": "qserve",

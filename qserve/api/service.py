@@ -7,6 +7,7 @@ import asyncio
 
 from qserve.errors import EngineDead, ModelNotFound, NotReady
 from qserve.llm import LLM
+from qserve.metrics import Metrics
 
 
 class Service:
@@ -26,6 +27,11 @@ class Service:
         return self._llm is None or self._llm.is_alive
 
     @property
+    def metrics(self) -> Metrics | None:
+        """The model's counters, from when it is loaded until the process ends."""
+        return None if self._llm is None else self._llm.metrics
+
+    @property
     def llm(self) -> LLM:
         """The model, if it can take a request now."""
         if self._llm is None:
@@ -39,9 +45,11 @@ class Service:
     def find(self, model: str | None) -> LLM:
         """The model that a request names; a request that names none means the one that there is."""
         llm = self.llm
-        if model is not None and model != llm.info.name:
+        names = (llm.info.name, *llm.info.other_names)
+        if model is not None and model not in names:
+            served = ", ".join(map(repr, names))
             raise ModelNotFound(
-                f"The model {model[:100]!r} is not served here. This server has {llm.info.name!r}.", param="model"
+                f"The model {model[:100]!r} is not served here. This server has {served}.", param="model"
             )
         return llm
 

@@ -153,12 +153,14 @@ class EngineLoop:
         config = self._engine.scheduler.config
         max_requests = config.max_running + config.max_queued
         if len(self._mailboxes) >= max_requests:
-            raise QueueFull(f"{max_requests} requests are unfinished, as many as are taken: try again later")
+            message = f"{max_requests} requests are unfinished, as many as are taken: try again later"
+            raise QueueFull(message, reason="requests")
         num_tokens = sum(mailbox.num_prompt_tokens for mailbox in self._mailboxes.values())
         if num_tokens and num_tokens + request.num_prompt_tokens > config.max_queued_tokens:
             raise QueueFull(
                 f"unfinished requests hold {num_tokens} prompt tokens and this one has {request.num_prompt_tokens}, "
-                f"but {config.max_queued_tokens} are taken: try again later"
+                f"but {config.max_queued_tokens} are taken: try again later",
+                reason="tokens",
             )
 
     def _main(self) -> None:

@@ -1,8 +1,6 @@
 """A real server on a real socket, over a fake device or over a tiny model."""
 
-import asyncio
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,16 +10,17 @@ from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 
 from qserve.api.app import make_app
 from qserve.api.service import Service
-from qserve.config import EngineConfig, ServerConfig
+from qserve.config import AccessConfig, EngineConfig, LimitsConfig, ServerConfig
 from qserve.engine.engine import Engine
 from qserve.engine.loop import EngineLoop
 from qserve.engine.scheduler import Scheduler
 from qserve.llm import LLM, ModelInfo
 from qserve.metrics import Metrics
+from qserve.server import Server as HttpServer
+from qserve.server import listen
 from qserve.text.templates import load_chat_template
 from qserve.text.tokenizer import load_tokenizer
 from tests import tiny
@@ -48,7 +47,9 @@ class Server:
     @property
     def num_given_up(self) -> int:
         """Requests that were closed before they were finished."""
-        found = re.search(r'finished_reason="abort",model_name="tiny"} (\d+)', self.llm.metrics.render().decode())
+        found = re.search(
+            r'engine="0",finished_reason="abort",model_name="tiny"} (\d+)', self.llm.metrics.render().decode()
+        )
         return int(found[1]) if found else 0
 
     def wait_until_idle(self) -> None:
@@ -79,33 +80,42 @@ def make_llm(directory: Path, *, engine: EngineConfig | None = None) -> tuple[LL
         tokenizer=tokenizer,
         template=load_chat_template(directory, tokenizer.special),
         loop=loop,
-        metrics=Metrics("tiny", lambda: loop.stats),
+        metrics=Metrics("tiny", lambda: loop.stats, max_model_len=CONTEXT),
     )
     return llm, runner
 
 
 @contextmanager
-def listening(service: Service, config: ServerConfig | None = None) -> Iterator[tuple[str, int]]:
-    """uvicorn in a thread, on a free port."""
-    app = make_app(service, config or ServerConfig())
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=5))
-    with socket.create_server(("127.0.0.1", 0), backlog=256) as sock:
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])))
+def listening(
+    service: Service, *, access: AccessConfig | None = None, limits: LimitsConfig | None = None
+) -> Iterator[tuple[str, int]]:
+    """The server in a thread, on a free port."""
+    limits = limits or LimitsConfig()
+    config = ServerConfig(port=0, drain_seconds=5)
+    server = HttpServer(
+        make_app(service, access=access, limits=limits), service, config, receive_seconds=limits.receive_seconds
+    )
+    with listen(config) as sock:
+        thread = threading.Thread(target=server.run, args=([sock],))
         thread.start()
         try:
             yield sock.getsockname()
         finally:
-            server.should_exit = True
+            server.stop()
             thread.join()
 
 
 @contextmanager
 def serving(
-    directory: Path, *, engine: EngineConfig | None = None, config: ServerConfig | None = None
+    directory: Path,
+    *,
+    engine: EngineConfig | None = None,
+    access: AccessConfig | None = None,
+    limits: LimitsConfig | None = None,
 ) -> Iterator[Server]:
     llm, runner = make_llm(directory, engine=engine)
     try:
-        with listening(Service(llm), config) as address:
+        with listening(Service(llm), access=access, limits=limits) as address:
             yield Server(f"http://{address[0]}:{address[1]}", address, llm, runner)
     finally:
         runner.gate.set()

@@ -8,7 +8,7 @@ import pytest
 
 from qserve import __version__
 from qserve.api.service import Service
-from qserve.config import EngineConfig, ServerConfig
+from qserve.config import AccessConfig, EngineConfig, LimitsConfig
 from tests.api.conftest import Server, listening, serving
 
 
@@ -140,7 +140,7 @@ def test_wrong_media_type(client: httpx.Client) -> None:
 
 
 def test_a_body_that_is_too_large_declared_or_not(tokenizer_directory: Path) -> None:
-    with serving(tokenizer_directory, config=ServerConfig(max_body_mb=1)) as server:
+    with serving(tokenizer_directory, limits=LimitsConfig(max_body_mb=1)) as server:
         body = b'{"prompt": "' + b"x" * 2**20 + b'"}'
         headers = {"Content-Type": "application/json"}
         for content in (body, iter([body])):
@@ -155,7 +155,7 @@ def test_request_ids(client: httpx.Client) -> None:
 
 
 def test_api_keys(tokenizer_directory: Path) -> None:
-    with serving(tokenizer_directory, config=ServerConfig(api_key=("one", "two"))) as server:
+    with serving(tokenizer_directory, access=AccessConfig(api_key=("one", "two"))) as server:
         for header in (None, "Bearer three", "Bearer", "one", "Bearer ünë"):
             headers = {} if header is None else {"Authorization": header.encode()}
             for method, path in (
@@ -218,7 +218,7 @@ def test_tokenizer_endpoints_round_trip(client: httpx.Client) -> None:
 def test_metrics_and_version(client: httpx.Client, server: Server) -> None:
     client.post("/v1/completions", json={"prompt": "x", "max_tokens": 3, "ignore_eos": True})
     text = client.get("/metrics").text
-    assert 'qserve:num_requests_running{model_name="tiny"} 0.0' in text
-    assert 'qserve:request_success_total{finished_reason="length",model_name="tiny"}' in text
+    assert 'qserve:num_requests_running{engine="0",model_name="tiny"} 0.0' in text
+    assert 'qserve:request_success_total{engine="0",finished_reason="length",model_name="tiny"}' in text
     assert "qserve:time_to_first_token_seconds_bucket" in text
     assert client.get("/version").json() == {"version": __version__}

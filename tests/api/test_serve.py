@@ -15,9 +15,10 @@ from typing import Any
 import httpx
 import pytest
 
+from qserve.api.app import make_app
 from qserve.api.service import Service
 from qserve.config import ServerConfig
-from qserve.serve import _listen, _Server
+from qserve.server import Server, listen
 from tests import tiny
 from tests.api.conftest import make_llm, wait_until
 
@@ -158,8 +159,9 @@ def test_a_server_whose_engine_has_died_ends_and_says_so(tokenizer_directory: Pa
     """A supervisor is to start another, and clients are told in the meantime."""
     llm, runner = make_llm(tokenizer_directory)
     config = ServerConfig(port=0)
-    server = _Server(config, Service(llm))
-    with _listen(config) as listening:
+    service = Service(llm)
+    server = Server(make_app(service), service, config)
+    with listen(config) as listening:
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         runner.fault = RuntimeError("the device is on fire")

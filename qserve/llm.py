@@ -66,6 +66,7 @@ class LLM:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> Prompt:
         """A prompt from text. An empty one starts a new document, as OpenAI's default prompt does."""
+        self._check_length(text)
         ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         if not ids:
             start = self.tokenizer.bos_id if self.tokenizer.bos_id is not None else self.tokenizer.eos_id
@@ -73,6 +74,16 @@ class LLM:
                 raise InvalidRequest("The prompt is empty, and this model has no token to begin with.", param="prompt")
             ids = [start]
         return Prompt(ids=ids, text=text)
+
+    def _check_length(self, text: str) -> None:
+        """Refuses what cannot fit before it is encoded: ten million characters take a minute and a gigabyte."""
+        num_tokens = len(text) // self.tokenizer.longest_token
+        if num_tokens > self.info.max_model_len:
+            raise ContextLengthExceeded(
+                f"This model's context is {self.info.max_model_len} tokens. The prompt has {len(text)} characters, "
+                f"which are {num_tokens} tokens at the very least. Shorten it.",
+                param="prompt",
+            )
 
     def check_ids(self, ids: Sequence[int]) -> Prompt:
         """A prompt from token ids, taken as they are."""

@@ -1,5 +1,6 @@
 """The ASGI application: which path is answered by what, and what every request passes through first."""
 
+import asyncio
 from collections.abc import Sequence
 
 from sse_starlette.sse import AppStatus
@@ -66,6 +67,7 @@ def make_app(service: Service, *, access: AccessConfig | None = None, limits: Li
     )
     app.state.service = service
     app.state.limits = limits
+    app.state.one_text = asyncio.Semaphore(1)
     app.router.redirect_slashes = False
     return app
 

@@ -1,5 +1,7 @@
 """The endpoints that generate nothing: models, tokens, and the server's own state."""
 
+import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -51,20 +53,12 @@ async def show_model(request: Request) -> Response:
 async def tokenize(request: Request) -> Response:
     wanted, _ = parse(TokenizeRequest, await request.body())
     llm = _service(request).find(wanted.model)
-    if wanted.prompt is not None:
-        ids = llm.tokenizer.encode(wanted.prompt, add_special_tokens=wanted.add_special_tokens)
-    else:
-        prompt = render_messages(
-            llm,
-            wanted.messages,
-            add_generation_prompt=wanted.add_generation_prompt,
-            continue_final_message=wanted.continue_final_message,
-            variables=wanted.chat_template_kwargs,
-        )
-        ids = list(prompt.ids)
+    # In a thread, for a long text takes long; and one at a time, for it takes a hundred times its size in memory.
+    async with request.app.state.one_text:
+        ids = await asyncio.to_thread(_encode, llm, wanted)
     written = [llm.tokenizer.id_to_token(token_id) for token_id in ids] if wanted.return_token_strs else None
     return JSONResponse(
-        {"count": len(ids), "max_model_len": llm.info.max_model_len, "tokens": ids, "token_strs": written}
+        {"count": len(ids), "max_model_len": llm.info.max_model_len, "tokens": list(ids), "token_strs": written}
     )
 
 
@@ -72,7 +66,9 @@ async def detokenize(request: Request) -> Response:
     wanted, _ = parse(DetokenizeRequest, await request.body())
     llm = _service(request).find(wanted.model)
     llm.check_vocabulary(wanted.tokens, param="tokens")
-    return JSONResponse({"prompt": llm.tokenizer.decode(wanted.tokens, skip_special_tokens=wanted.skip_special_tokens)})
+    decode = llm.tokenizer.decode
+    text = await asyncio.to_thread(decode, wanted.tokens, skip_special_tokens=wanted.skip_special_tokens)
+    return JSONResponse({"prompt": text})
 
 
 async def tokenizer_info(request: Request) -> Response:
@@ -89,6 +85,19 @@ async def tokenizer_info(request: Request) -> Response:
             "chat_template": None if llm.template is None else llm.template.source,
         }
     )
+
+
+def _encode(llm: LLM, wanted: TokenizeRequest) -> Sequence[int]:
+    if wanted.prompt is not None:
+        return llm.tokenizer.encode(wanted.prompt, add_special_tokens=wanted.add_special_tokens)
+    prompt = render_messages(
+        llm,
+        wanted.messages,
+        add_generation_prompt=wanted.add_generation_prompt,
+        continue_final_message=wanted.continue_final_message,
+        variables=wanted.chat_template_kwargs,
+    )
+    return prompt.ids
 
 
 def _service(request: Request) -> Service:

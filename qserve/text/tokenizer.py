@@ -51,7 +51,10 @@ class Tokenizer:
         self.special = special
         self.end_token_ids = end_token_ids
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
-        self.vocabulary_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocabulary_size = max(vocabulary.values(), default=-1) + 1
+        # The characters that one token stands for at most. Normalizers may shorten a text before: room is left for it.
+        self.longest_token = max(map(len, vocabulary), default=1) * (1 if backend.normalizer is None else 4)
 
     @property
     def is_byte_level(self) -> bool:

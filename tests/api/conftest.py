@@ -64,7 +64,13 @@ def wait_until(condition: Callable[[], bool], *, seconds: float = 10) -> None:
         time.sleep(0.002)
 
 
-def make_llm(directory: Path, *, engine: EngineConfig | None = None) -> tuple[LLM, FakeRunner]:
+def make_llm(
+    directory: Path,
+    *,
+    engine: EngineConfig | None = None,
+    other_names: tuple[str, ...] = (),
+    metrics_prefix: str = "qserve",
+) -> tuple[LLM, FakeRunner]:
     config = engine or EngineConfig(max_running=64, max_step_tokens=256)
     runner = FakeRunner(tiny.VOCABULARY_SIZE)
     loop = EngineLoop(Engine(Scheduler(config, num_blocks=2048), runner)).start()
@@ -72,6 +78,7 @@ def make_llm(directory: Path, *, engine: EngineConfig | None = None) -> tuple[LL
     llm = LLM(
         info=ModelInfo(
             name="tiny",
+            other_names=other_names,
             max_model_len=CONTEXT,
             vocabulary_size=tiny.VOCABULARY_SIZE,
             created=1700000000,
@@ -80,7 +87,9 @@ def make_llm(directory: Path, *, engine: EngineConfig | None = None) -> tuple[LL
         tokenizer=tokenizer,
         template=load_chat_template(directory, tokenizer.special),
         loop=loop,
-        metrics=Metrics("tiny", lambda: loop.stats, max_model_len=CONTEXT),
+        metrics=Metrics(
+            "tiny", lambda: loop.stats, max_model_len=CONTEXT, prefix=metrics_prefix, cache={"block_size": 16}
+        ),
     )
     return llm, runner
 
@@ -112,8 +121,9 @@ def serving(
     engine: EngineConfig | None = None,
     access: AccessConfig | None = None,
     limits: LimitsConfig | None = None,
+    metrics_prefix: str = "qserve",
 ) -> Iterator[Server]:
-    llm, runner = make_llm(directory, engine=engine)
+    llm, runner = make_llm(directory, engine=engine, metrics_prefix=metrics_prefix)
     try:
         with listening(Service(llm), access=access, limits=limits) as address:
             yield Server(f"http://{address[0]}:{address[1]}", address, llm, runner)

@@ -29,6 +29,7 @@ WORDS: dict[str, Word] = {
     "train": Word("training.qat.train", "train a run, or go on with one"),
     "finalize": Word("training.finalize", "quantize a float model and write the artifact that qserve serves"),
     "evaluate": Word("training.evaluate", "measure a model: loss, divergence from the float model, accuracy"),
+    "compare": Word("training.compare", "one table: float, control, rounding and QAT, with quality, size and speed"),
     "demo": Word("training.demo", "make the demo model once, and print where it lies"),
     "recipes": Word("training.recipes", "list the recipes, and what this machine can do with each"),
 }

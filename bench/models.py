@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from tokenizers import pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from qserve.checkpoint.save import save
 from training.demo import cache_directory
@@ -57,6 +56,8 @@ def _smollm2() -> Path:
 
 
 def _billion() -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM  # seconds, and needed once
+
     target = folder() / "random-1b"
     if not target.is_dir():
         print(f"making {target}, once: about a minute and 2 GB", file=sys.stderr)

@@ -8,21 +8,28 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 from qserve.bench.answer import Answer, read_answer
 from qserve.bench.figures import Figures, make_figures, samples
 from qserve.bench.load import Load, offer
 from qserve.bench.result import Row
 from qserve.bench.target import Server
-from qserve.bench.work import Work
+from qserve.bench.work import Job
+
+
+class JobSource(Protocol):
+    """How many requests make a run, and which; `Work` is one."""
+
+    def count(self, *, concurrency: int | None) -> int: ...
+    def make_jobs(self, number: int, *, run: int) -> list[Job]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What `measure` does. A negative `num_warmups` stands for one for each client."""
 
-    work: Work
+    work: JobSource
     loads: Sequence[Load]
     repeats: int
     num_warmups: int

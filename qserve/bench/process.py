@@ -66,12 +66,7 @@ class ServerProcess:
         self._log.close()
 
     def read_memory(self) -> dict[str, float | None]:
-        """MiB in the process now and at its largest; None where the system does not tell."""
-        try:
-            status = Path(f"/proc/{self._process.pid}/status").read_text()
-        except OSError:
-            status = ""
-        return {"rss_mib": _find_kib(status, "VmRSS"), "peak_rss_mib": _find_kib(status, "VmHWM")}
+        return read_memory(self._process.pid)
 
     def read_breakdown(self) -> dict[str, float]:
         """Seconds of each part of the start, as the server's log tells them."""
@@ -98,6 +93,15 @@ def free_port() -> int:
         return port
 
 
+def read_memory(pid: int) -> dict[str, float | None]:
+    """MiB of a process now and at its largest; None where the system does not tell."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        status = ""
+    return {"rss_mib": _find_mib(status, "VmRSS"), "peak_rss_mib": _find_mib(status, "VmHWM")}
+
+
 def _ask(url: str) -> int:
     """The HTTP status; 0 while nobody listens."""
     try:
@@ -110,6 +114,6 @@ def _ask(url: str) -> int:
         return 0
 
 
-def _find_kib(status: str, name: str) -> float | None:
+def _find_mib(status: str, name: str) -> float | None:
     found = re.search(rf"^{name}:\s*(\d+) kB$", status, flags=re.MULTILINE)
     return int(found[1]) / 1024 if found else None

@@ -92,6 +92,9 @@ class TimedModel:
         self._clock.add("forward", start)
         return hidden
 
+    def finish(self, hidden: Tensor) -> Tensor:
+        return self._model.finish(hidden)
+
     def logits(self, hidden: Tensor) -> Tensor:
         start = time.perf_counter()
         logits = self._model.logits(hidden)

@@ -17,6 +17,7 @@ from qserve.device.weights import NamedWeights
 from qserve.errors import BrokenCheckpoint
 from qserve.kernels.linear import Linear
 from qserve.kernels.ops import AttentionSpec, Batch, Norm, Ops, Rotary
+from qserve.kernels.reference import normalize
 from qserve.quant.weight import QuantizedWeight, Weight
 
 
@@ -93,6 +94,10 @@ class Decoder:
                 multiplier=multiplier,
             )
         return x
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """The last norm, in plain torch: few rows ever need it alone."""
+        return normalize(hidden, self._final_norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Of the rows of hidden states that are given: (rows, vocab_size) float32."""

@@ -80,6 +80,9 @@ class Fallback:
         self._attention.layers = list(cache.layers)
         return self._hidden(batch)
 
+    def finish(self, hidden: Tensor) -> Tensor:
+        return hidden  # their base model ends with its last norm
+
     def logits(self, hidden: Tensor) -> Tensor:
         """transformers' own way from hidden states to logits, scales and caps included."""
         self._given.hidden = hidden.unsqueeze(0)

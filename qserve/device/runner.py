@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qserve.device.batch import make_batch
 from qserve.device.kv_cache import CacheShape, KVCache, block_bytes
-from qserve.device.sampler import Sampler, logprobs_of
+from qserve.device.sampler import Sampler, logprobs_at, logprobs_of
 from qserve.engine.request import Chunk, Request, Sampled, SamplingParams, TokenLogprob
 from qserve.kernels.ops import Batch
 
@@ -30,6 +30,7 @@ class Model(Protocol):
     def num_bytes(self) -> int: ...
     def forward(self, batch: Batch, cache: KVCache) -> Tensor: ...  # (tokens, hidden)
     def logits(self, hidden: Tensor) -> Tensor: ...  # (rows, vocabulary) float32
+    def finish(self, hidden: Tensor) -> Tensor: ...  # (rows, hidden): what the head multiplies, after the last norm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +78,9 @@ class ModelRunner:
         row = 0
         for chunk in chunks:
             token_id, logprobs = next(tokens) if chunk.is_last else (None, ())
-            prompt = self._prompt_logprobs(chunk, hidden[row : row + chunk.num_tokens])
-            answers.append(Sampled(token_id=token_id, logprobs=logprobs, prompt_logprobs=prompt))
+            rows = hidden[row : row + chunk.num_tokens]
+            prompt, pooled = self._prompt_logprobs(chunk, rows), self._pool(chunk, rows)
+            answers.append(Sampled(token_id=token_id, logprobs=logprobs, prompt_logprobs=prompt, pooled=pooled))
             row += chunk.num_tokens
         return answers
 
@@ -111,8 +113,15 @@ class ModelRunner:
             chosen = torch.tensor(list(wanted.values()), device=logits.device)
             found = logprobs_of(logits[list(wanted)], chosen, num_top=max(counts))
             for row, count, each in zip(wanted, counts, found, strict=True):
-                logprobs[row] = each[: count + 1]
+                logprobs[row] = each[: count + 1] + logprobs_at(logits[row], requests[row].params.logprob_token_ids)
         return list(zip(tokens, logprobs, strict=True))
+
+    def _pool(self, chunk: Chunk, hidden: Tensor) -> tuple[float, ...]:
+        first, end = chunk.request.params.pooled_from, min(chunk.end, chunk.request.num_prompt_tokens)
+        if first is None or first >= end:
+            return ()
+        rows = self._model.finish(hidden[max(first - chunk.start, 0) : end - chunk.start])
+        return tuple(rows.sum(dim=0, dtype=torch.float64).tolist())
 
     def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> tuple[tuple[TokenLogprob, ...], ...]:
         """Row i predicts position start + i + 1; computed in pieces, for positions x vocabulary is too much at once."""

@@ -104,6 +104,17 @@ def logprobs_of(logits: Tensor, token_ids: Tensor, *, num_top: int) -> list[tupl
     ]
 
 
+def logprobs_at(logits: Tensor, token_ids: Sequence[int]) -> tuple[TokenLogprob, ...]:
+    """The tokens that are named, from one row of logits: (vocabulary,)."""
+    if not token_ids:
+        return ()
+    values = logits[list(token_ids)]
+    num_not_above = torch.searchsorted(logits.sort().values, values, right=True)
+    ranks = logits.shape[-1] - num_not_above + 1
+    logprobs = values - torch.logsumexp(logits, dim=-1)
+    return tuple(map(TokenLogprob, token_ids, logprobs.tolist(), ranks.tolist()))
+
+
 def _changes_logits(request: Request) -> bool:
     params = request.params
     return bool(

@@ -113,12 +113,12 @@ class BlockPool:
         request.prefix_id = NO_PREFIX
 
     def _find(self, request: Request) -> list[int]:
-        """The published blocks of the request's beginning, short of its last token."""
-        if not self._prefix_caching or request.params.prompt_logprobs is not None:
-            return []  # a cached position has no logits to report
+        """The published blocks of the request's beginning, short of what must be computed."""
+        if not self._prefix_caching:
+            return []
         found: list[int] = []
         prefix_id, size = NO_PREFIX, self.block_size
-        for start in range(0, request.num_tokens - size, size):
+        for start in range(0, request.max_reused_tokens - size + 1, size):
             block = self._published.get((prefix_id, tuple(request.token_ids[start : start + size])))
             if block is None:
                 break

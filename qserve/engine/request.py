@@ -43,7 +43,9 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: frozenset[int] = frozenset()  # end-of-sequence ids among them, unless they are to be ignored
     logprobs: int | None = None  # how many alternatives to report beside the chosen token; None reports nothing
-    prompt_logprobs: int | None = None  # the same for every position of the prompt
+    logprob_token_ids: tuple[int, ...] = ()  # tokens to report beside these, likely or not
+    prompt_logprobs: int | None = None  # as logprobs, for every position of the prompt
+    pooled_from: int | None = None  # the prompt's final hidden states from this position on are summed up
 
 
 class Constraint(Protocol):
@@ -78,6 +80,7 @@ class Request:
         "num_prompt_tokens",
         "num_published_blocks",
         "params",
+        "pooled",
         "prefix_id",
         "priority",
         "token_ids",
@@ -102,6 +105,7 @@ class Request:
         self.num_cached_tokens = 0  # of the prompt, found in the cache when the request was first admitted
         self.num_preemptions = 0
         self.next_prompt_logprob = 1  # the prompt position to report next; position 0 follows nothing
+        self.pooled: tuple[float, ...] = ()  # the sum of final hidden states so far, where it is asked for
         self.arrival = 0  # the scheduler numbers its requests, so that equal priorities keep their order
         self.block_ids: list[int] = []
         self.num_published_blocks = 0  # see blocks.py, as for prefix_id
@@ -123,6 +127,14 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def max_reused_tokens(self) -> int:
+        """How many leading tokens may come from the cache: what is reported of a position must be computed."""
+        if self.params.prompt_logprobs is not None:
+            return 0
+        first_pooled = self.params.pooled_from
+        return self.num_tokens - 1 if first_pooled is None else min(first_pooled, self.num_tokens - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,14 +175,16 @@ class Sampled:
 
     `token_id` is None when the chunk was not its request's last, and when nothing that the request allows is left.
     `logprobs` starts with the chosen token and goes on with the most likely ones, best first (the chosen one among
-    them again when it is one of them).
+    them again when it is one of them), and then with those of `logprob_token_ids`.
     `prompt_logprobs` has one such tuple for each prompt position in [start + 1, min(end + 1, num_prompt_tokens)), since
     the logits of position p speak of position p + 1; it is empty where the request does not ask for them.
+    `pooled` is the sum of the chunk's final hidden states from position `pooled_from` on, empty where there are none.
     """
 
     token_id: int | None
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
+    pooled: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +197,7 @@ class TokenEvent:
     prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    pooled: tuple[float, ...] = ()  # the whole sum, with the last event
 
 
 class Runner(Protocol):

@@ -11,6 +11,7 @@ import time
 from bisect import insort
 from dataclasses import replace
 from itertools import count
+from operator import add
 
 from qserve.config import EngineConfig
 from qserve.engine.blocks import BlockPool
@@ -36,6 +37,13 @@ def _finish_reason(request: Request) -> FinishReason | None:
     if num_output_tokens and request.constraint is not None and request.constraint.is_finished:
         return FinishReason.STOP
     return FinishReason.LENGTH if num_output_tokens >= params.max_tokens else None
+
+
+def _pool(chunk: Chunk, sums: tuple[float, ...]) -> None:
+    """Adds a chunk's hidden states to those before; a request that starts again after a preemption starts from none."""
+    request, first = chunk.request, chunk.request.params.pooled_from or 0
+    goes_on = request.pooled and chunk.start > first
+    request.pooled = tuple(map(add, request.pooled, sums)) if goes_on else sums
 
 
 class Scheduler:
@@ -179,6 +187,8 @@ class Scheduler:
     def _advance(self, chunk: Chunk, answer: Sampled, *, now: float) -> TokenEvent | None:
         request, is_last = chunk.request, chunk.is_last
         request.num_computed_tokens = chunk.end
+        if answer.pooled:
+            _pool(chunk, answer.pooled)
         prompt_logprobs = answer.prompt_logprobs
         if prompt_logprobs:
             # After a preemption the device reports positions again that the client already has.
@@ -202,6 +212,7 @@ class Scheduler:
             prompt_logprobs=prompt_logprobs,
             finish_reason=finish_reason,
             num_cached_tokens=request.num_cached_tokens,
+            pooled=request.pooled,
         )
 
     def _append(self, request: Request, token_id: int, *, now: float) -> None:

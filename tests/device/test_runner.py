@@ -96,6 +96,31 @@ def test_logprobs_are_of_the_raw_distribution(model: Decoder) -> None:
         assert each.rank == int((expected > expected[each.token_id]).sum()) + 1
 
 
+def test_named_tokens_are_reported_behind_the_most_likely(model: Decoder) -> None:
+    request = _request(prompt(20), logprobs=1, logprob_token_ids=(9, 3, 9))
+    (sampled,) = runner_for(model).run([Chunk(request=request, start=0, end=20, block_ids=_blocks(0))])
+    expected = torch.log_softmax(whole_logits(model, request.token_ids)[-1], dim=-1)
+    assert [each.token_id for each in sampled.logprobs[2:]] == [9, 3, 9]
+    for each in sampled.logprobs[2:]:
+        assert each.logprob == pytest.approx(float(expected[each.token_id]), abs=1e-4)
+        assert each.rank == int((expected > expected[each.token_id]).sum()) + 1
+
+
+@pytest.mark.parametrize("size", [20, 7, 1])
+@pytest.mark.parametrize("first", [0, 9, 19])
+def test_pooled_hidden_states_are_those_of_transformers(size: int, first: int) -> None:
+    theirs = make_model("llama")
+    runner = runner_for(load(config_of(theirs), weights_of(theirs)))
+    request = _request(prompt(20), pooled_from=first)
+    with torch.inference_mode():
+        expected = theirs.model(torch.tensor([request.token_ids])).last_hidden_state[0, first:].sum(dim=0)
+    found = torch.zeros(64)
+    for start in range(0, 20, size):
+        chunk = Chunk(request=request, start=start, end=min(start + size, 20), block_ids=_blocks(0))
+        found += torch.tensor(runner.run([chunk])[0].pooled or [0.0] * 64)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("size", [20, 7, 1])
 @pytest.mark.parametrize("limit", [1 << 24, 3 * 512, 1])
 def test_prompt_logprobs_in_pieces(model: Decoder, size: int, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:

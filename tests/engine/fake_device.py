@@ -24,6 +24,11 @@ def next_token(token_ids: list[int]) -> int:
     return sample(list(accumulate(token_ids, store, initial=0))[1:])
 
 
+def expected_pool(token_ids: list[int], first: int) -> tuple[float, ...]:
+    cells = list(accumulate(token_ids, store, initial=0))[1:][first:]
+    return (float(sum(cells)), float(len(cells)))
+
+
 def prompt_logprob(token_ids: list[int], position: int) -> tuple[TokenLogprob, ...]:
     return (TokenLogprob(token_ids[position], -float(next_token(token_ids[:position])), 1),)
 
@@ -57,7 +62,14 @@ class FakeDevice:
         return Sampled(
             token_id=sample(cells) if chunk.is_last else None,
             prompt_logprobs=tuple((TokenLogprob(request.token_ids[p], -float(sample(cells[:p])), 1),) for p in scored),
+            pooled=self._pool(chunk, cells),
         )
+
+    def _pool(self, chunk: Chunk, cells: list[int]) -> tuple[float, ...]:
+        """A cell is the hidden state of its position, and a one beside it counts the positions."""
+        first = chunk.request.params.pooled_from
+        pooled = [] if first is None else cells[max(first, chunk.start) : chunk.request.num_prompt_tokens]
+        return (float(sum(pooled)), float(len(pooled))) if pooled else ()
 
     def _slot(self, chunk: Chunk, position: int) -> int:
         return chunk.block_ids[position // self.block_size] * self.block_size + position % self.block_size

@@ -7,7 +7,7 @@ from qserve.engine.engine import Engine
 from qserve.engine.request import FinishReason, Request, SamplingParams, TokenEvent
 from qserve.engine.scheduler import Scheduler
 from qserve.errors import ContextLengthExceeded, InvalidRequest, UsageError
-from tests.engine.fake_device import FakeDevice, expected_tokens, make_request
+from tests.engine.fake_device import FakeDevice, expected_pool, expected_tokens, make_request
 
 
 class Bench:
@@ -188,3 +188,22 @@ def test_the_numbers_add_up() -> None:
     assert (stats.num_finished, stats.num_aborted, stats.num_steps) == (2, 0, 3)
     for request in requests:
         assert request.created_at <= request.admitted_at <= request.first_token_at <= request.finished_at
+
+
+@pytest.mark.parametrize("first", [0, 5, 22])
+def test_hidden_states_are_summed_over_chunks_and_again_after_a_preemption(first: int) -> None:
+    bench = Bench(num_blocks=8, max_step_tokens=4)
+    prompt = [7 + place % 5 for place in range(23)]
+    bench.add(make_request("before", prompt[:9], max_tokens=1))
+    bench.finish()  # leaves blocks that the next one may reuse as far as they are not pooled
+    bench.add(make_request("urgent", ids(3, 3), max_tokens=16))
+    bench.step()
+    pooled = Request("pooled", prompt, SamplingParams(max_tokens=0, pooled_from=first), priority=1)
+    bench.add(pooled)
+    found: list[TokenEvent] = []
+    while bench.scheduler.has_work:
+        bench.step()
+        found += [event for event in bench.events if event.request_id == "pooled"]
+    assert [event.pooled for event in found] == [expected_pool(prompt, first)]
+    assert pooled.num_cached_tokens == min(first, 8) // 4 * 4
+    assert pooled.num_preemptions

@@ -206,4 +206,4 @@ def test_hidden_states_are_summed_over_chunks_and_again_after_a_preemption(first
         found += [event for event in bench.events if event.request_id == "pooled"]
     assert [event.pooled for event in found] == [expected_pool(prompt, first)]
     assert pooled.num_cached_tokens == min(first, 8) // 4 * 4
-    assert pooled.num_preemptions
+    assert bool(pooled.num_preemptions) is (first < 22)  # the last one has less to compute, and is done in time

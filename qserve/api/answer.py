@@ -187,5 +187,5 @@ def _for_sample(options: GenerationOptions, number: int) -> GenerationOptions:
 
 
 def _as_header(names: Sequence[str]) -> str:
-    """Field names as a header may carry them, and not too many."""
-    return ", ".join(name[:40].encode("ascii", "backslashreplace").decode() for name in names[:10]).replace("\n", " ")
+    """Field names as a header may carry them, control characters escaped, and not too many."""
+    return ", ".join(name[:40].encode("unicode_escape").decode() for name in names[:10])

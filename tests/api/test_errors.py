@@ -117,6 +117,13 @@ def test_what_is_echoed_is_capped(client: httpx.Client) -> None:
         assert all(len(value) < 1000 for value in response.headers.values())
 
 
+def test_any_unknown_field_can_be_named_in_a_header(client: httpx.Client) -> None:
+    for name in ("\x02\r\n", "Ï\U00077e35", "", "a,b"):
+        response = client.post("/v1/completions", json={"prompt": "x", name: 1})
+        assert response.status_code == 200
+        assert response.headers["x-qserve-ignored-fields"] == name.encode("unicode_escape").decode()
+
+
 def test_unknown_model(client: httpx.Client) -> None:
     error = error_of(client.post("/v1/completions", json={"prompt": "x", "model": "gpt-4"}), 404)
     assert (error["code"], error["param"]) == ("model_not_found", "model")

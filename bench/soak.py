@@ -1,0 +1,201 @@
+"""Minutes of mixed load: streams, whole answers, disconnects, bad requests, long prompts, constrained answers.
+
+    python -m bench.soak MODEL --minutes 10
+    python -m bench.soak --url URL --minutes 1
+
+At the end nothing may be held, no answer may have been a 5xx or none at all, and memory must have stayed flat: its
+slope over the last two thirds of the time is printed, and fails above --most-growth MiB a minute.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any
+
+import httpx
+
+from bench.server import serving
+from bench.watch import Reading, read, slope_per_minute, wait_until_idle
+
+_COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
+_WORDS = (
+    *("the", "river", "runs", "slow", "under", "a", "grey", "sky", "while"),
+    *("seven", "birds", "look", "for", "bread", "near", "an", "old", "wooden", "bridge"),
+)
+_SAMPLE_SECONDS = 2.0
+_TIMEOUT = 120
+
+Json = dict[str, Any]
+
+
+class Soak:
+    """The clients, and what they have seen."""
+
+    def __init__(self, client: httpx.AsyncClient, *, seed: int) -> None:
+        self._client = client
+        self._random = random.Random(seed)
+        self.seen: Counter[str] = Counter()
+        self.failures: list[str] = []
+
+    async def run(self, *, until: float) -> None:
+        """One client: request after request, each of a kind drawn by weight."""
+        kinds, weights = zip(*((kind, weight) for kind, weight in _KINDS.items()), strict=True)
+        while time.monotonic() < until:
+            (kind,) = self._random.choices(kinds, weights)
+            try:
+                status = await asyncio.wait_for(kind(self), _TIMEOUT)
+            except (httpx.HTTPError, TimeoutError) as error:
+                status = type(error).__name__
+            self.seen[f"{kind.__name__} {status}"] += 1
+            if not isinstance(status, int) or status >= 500:
+                self.failures.append(f"{kind.__name__}: {status}")
+
+    def text(self, num_words: int) -> str:
+        return " ".join(self._random.choices(_WORDS, k=num_words))
+
+    async def short(self) -> int:
+        return await self._post(_COMPLETIONS, {"prompt": self.text(10), "max_tokens": 16})
+
+    async def chat(self) -> int:
+        messages = [{"role": "user", "content": self.text(20)}]
+        return await self._post(_CHAT, {"messages": messages, "max_tokens": 24, "logprobs": True, "top_logprobs": 3})
+
+    async def stream(self) -> int:
+        async with self._stream({"prompt": self.text(30), "max_tokens": 48, "n": 2, "seed": 7}) as response:
+            async for _ in response.aiter_lines():
+                pass
+        return response.status_code
+
+    async def leave(self) -> int:
+        """Goes away in the middle, or before the first byte."""
+        body = {"prompt": self.text(200), "max_tokens": 400, "ignore_eos": True}
+        if self._random.random() < 0.3:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._post(_COMPLETIONS, body), self._random.random() * 0.3)
+            return 0
+        num_lines = self._random.randrange(20)
+        async with self._stream(body) as response:
+            async for _ in response.aiter_lines():
+                num_lines -= 1
+                if num_lines < 0:
+                    break
+        return response.status_code
+
+    async def long(self) -> int:
+        body = {"prompt": self.text(600), "max_tokens": 4, "echo": self._random.random() < 0.3, "logprobs": 1}
+        return await self._post(_COMPLETIONS, body)
+
+    async def bad(self) -> int:
+        bodies: list[Json] = [
+            {},
+            {"prompt": "x", "temperature": 9},
+            {"prompt": "x", "model": "none"},
+            {"prompt": [1, -1]},
+            {"prompt": "x", "max_tokens": 10**9},
+            {"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "none"}}}},
+        ]
+        return await self._post(_COMPLETIONS, self._random.choice(bodies))
+
+    async def constrained(self) -> int:
+        """Where the server has no structured output yet, this is one more bad request."""
+        names = self._random.sample(_WORDS, 3)
+        schema = {"type": "object", "properties": {name: {"type": "integer"} for name in names}, "required": names}
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        return await self._post(_COMPLETIONS, {"prompt": self.text(10), "max_tokens": 40, "response_format": form})
+
+    async def timed(self) -> int:
+        return await self._post(_COMPLETIONS, {"prompt": self.text(10), "max_tokens": 400, "timeout": 0.2})
+
+    async def tokens(self) -> int:
+        return await self._post("/tokenize", {"prompt": self.text(300)})
+
+    async def _post(self, path: str, body: Json) -> int:
+        return (await self._client.post(path, json=body)).status_code
+
+    @asynccontextmanager
+    async def _stream(self, body: Json) -> AsyncIterator[httpx.Response]:
+        async with self._client.stream("POST", _COMPLETIONS, json={**body, "stream": True}) as response:
+            yield response
+
+
+_KINDS: dict[Callable[[Soak], Awaitable[int]], int] = {
+    Soak.short: 4,
+    Soak.chat: 3,
+    Soak.stream: 4,
+    Soak.leave: 3,
+    Soak.long: 2,
+    Soak.bad: 2,
+    Soak.constrained: 2,
+    Soak.timed: 1,
+    Soak.tokens: 1,
+}
+
+
+async def soak(url: str, *, minutes: float, num_clients: int, seed: int) -> tuple[Soak, list[Reading]]:
+    limits = httpx.Limits(max_connections=None)
+    readings: list[Reading] = []
+    until = time.monotonic() + minutes * 60
+
+    async def watch() -> None:
+        while time.monotonic() < until:
+            readings.append(await asyncio.to_thread(read, url))
+            await asyncio.sleep(_SAMPLE_SECONDS)
+
+    async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT, limits=limits) as client:
+        running = Soak(client, seed=seed)
+        await asyncio.gather(watch(), *(running.run(until=until) for _ in range(num_clients)))
+    return running, readings
+
+
+@contextmanager
+def _server(arguments: argparse.Namespace) -> Iterator[str]:
+    if arguments.url:
+        yield arguments.url
+        return
+    with serving(*([arguments.model] if arguments.model else []), "--max-model-len", "2048") as url:
+        yield url
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Keep a server busy in every way for some minutes.")
+    parser.add_argument("model", nargs="?", help="what to serve; by default the demo model")
+    parser.add_argument("--url", help="a server that runs already")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--most-growth", type=float, default=1.0, help="MiB a minute (default 1)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with _server(arguments) as url:
+        before = read(url)
+        running, readings = asyncio.run(
+            soak(url, minutes=arguments.minutes, num_clients=arguments.clients, seed=arguments.seed)
+        )
+        after = wait_until_idle(url, seconds=60)
+    settled = readings[len(readings) // 3 :]
+    growth = slope_per_minute(settled)
+    for label, number in sorted(running.seen.items()):
+        print(f"{number:>7} {label}")
+    print(f"before: {before.shown}\nlast:   {readings[-1].shown}\nafter:  {after.shown}")
+    print(f"memory grew {growth:+.2f} MiB a minute over the last two thirds, from {settled[0].memory_mib:.0f} MiB")
+    for failure in running.failures[:20]:
+        print("FAILED", failure)
+    result = {
+        "requests": sum(running.seen.values()),
+        "failures": len(running.failures),
+        "is_idle": after.is_idle,
+        "mib_per_minute": round(growth, 3),
+        "memory_mib": [round(reading.memory_mib, 1) for reading in (before, settled[0], after)],
+        "files": [before.num_files, after.num_files],
+    }
+    print(json.dumps(result))
+    return 0 if after.is_idle and not running.failures and growth <= arguments.most_growth else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -136,6 +136,14 @@ QSERVE_INLINE U32 widen(U8x16 x) {
 #endif
 }
 
+QSERVE_INLINE I32 widen(I8x16 x) {
+#if defined(__AVX512F__)
+  return (I32)_mm512_cvtepi8_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, I32);
+#endif
+}
+
 QSERVE_INLINE F32 round_lanes(F32 x) { return to_float(round_to_int(x)); }
 
 // sums[lane] + codes[4 lane + j] * inputs[j] over j < 4: unsigned codes below 2^Bits, signed inputs; exact.

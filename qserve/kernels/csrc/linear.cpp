@@ -6,9 +6,9 @@
 namespace qserve {
 namespace {
 
-void multiply(const Weight& w, const Rows& rows, const Output& output, Team& team) {
+void multiply(const Weight& w, const Rows& rows, const Output& output, Scratch& scratch, Team& team) {
   if (w.form == kFloat) return multiply_float(w, rows, output, team);
-  multiply_integer(w, rows, output, team);
+  multiply_integer(w, rows, output, scratch, team);
 }
 
 void normalize_and_add(const Stage& stage, const float* y, int64_t features, Team& team) {
@@ -33,7 +33,7 @@ void run_linear(const Stage& stage, Scratch& scratch, Team& team) {
     const Rows rows = prepare_rows(stage, w, scratch, team);
     const Output output = {data, is_direct ? stage.residual : nullptr, linear.bias, linear.out_features, w.column,
                            w.out_features, is_direct ? stage.scale : 1.0f, stage.soft_cap};
-    multiply(w, rows, output, team);
+    multiply(w, rows, output, scratch, team);
   }
   if (!is_direct) normalize_and_add(stage, data, linear.out_features, team);
 }

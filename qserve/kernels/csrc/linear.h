@@ -37,6 +37,15 @@ struct Pieces {
   int64_t end(int64_t piece) const { return begin(piece + 1) < total ? begin(piece + 1) : total; }
 };
 
+// Blocks of rows whose inputs, `row_bytes` each, stay in a core's second cache while all tiles of channels pass by;
+// whole multiples of `multiple` rows, all about as large.
+inline Pieces split_rows(int64_t count, int64_t row_bytes, int64_t multiple) {
+  constexpr int64_t kCacheBytes = 512 * 1024;
+  const int64_t most = kCacheBytes / row_bytes > multiple ? kCacheBytes / row_bytes : multiple;
+  const int64_t blocks = (count + most - 1) / most;
+  return {count, ((count + blocks - 1) / blocks + multiple - 1) / multiple * multiple};
+}
+
 // Tiles for a task: enough bytes that taking one costs little, and enough tasks that no thread waits long for the last.
 inline Pieces split_tiles(const Weight& w, int64_t tile_bytes, const Team& team) {
   constexpr int64_t kTaskBytes = 24 * 1024, kTasksPerThread = 16;
@@ -46,11 +55,12 @@ inline Pieces split_tiles(const Weight& w, int64_t tile_bytes, const Team& team)
   return {tiles, for_bytes > for_count ? for_bytes : for_count};
 }
 
-void multiply_integer(const Weight& w, const Rows& rows, const Output& output, Team& team);
+void multiply_integer(const Weight& w, const Rows& rows, const Output& output, Scratch& scratch, Team& team);
 void multiply_float(const Weight& w, const Rows& rows, const Output& output, Team& team);
 
-// By AMX; false where this build, this weight or so few rows are not for it. Equal bits to the function above.
+// By AMX; false where this build, this weight or so few rows are not for it. Equal bits to multiply_integer.
 bool multiply_integer_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team);
+bool multiply_group_tiles(const Weight& w, const Rows& rows, const Output& output, Scratch& scratch, Team& team);
 void multiply_bf16_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team);
 
 void run_linear(const Stage& stage, Scratch& scratch, Team& team);

@@ -109,11 +109,11 @@ struct BlockKernel {
     }
   }
 
-  void multiply(const Columns& columns) const {
-    int64_t row = 0;
-    for (; rows.count - row > rows_per_tile(); row += 2 * rows_per_tile())
+  void multiply(const Columns& columns, int64_t begin, int64_t end) const {
+    int64_t row = begin;
+    for (; end - row > rows_per_tile(); row += 2 * rows_per_tile())
       for (int first = 0; first < num_tiles; first += 2) multiply_many(columns, row, first);
-    if (row < rows.count) multiply_few(columns, row);
+    if (row < end) multiply_few(columns, row);
   }
 };
 
@@ -136,11 +136,13 @@ bool uses_bf16_tiles(const Weight& w) {
 
 void multiply_bf16_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team) {
   const Pieces pieces = {w.tiles(), 4};
-  team.run(pieces.count(), [&](int64_t piece) {
+  const Pieces blocks = split_rows(rows.count, rows.stride * 2 * rows.planes, 32 / rows.planes);
+  team.run(pieces.count() * blocks.count(), [&](int64_t task) {
+    const int64_t piece = task % pieces.count(), block = task / pieces.count();
     const int tile = (int)pieces.begin(piece), num_tiles = (int)(pieces.end(piece) - tile);
     const Columns columns = columns_of(w, tile, num_tiles);
     const TileScope scope(16);
-    BlockKernel{w, rows, output, tile, num_tiles}.multiply(columns);
+    BlockKernel{w, rows, output, tile, num_tiles}.multiply(columns, blocks.begin(block), blocks.end(block));
   });
 }
 

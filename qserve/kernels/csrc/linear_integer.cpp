@@ -94,7 +94,8 @@ Kernel choose_kernel(const Weight& w) {
 
 }  // namespace
 
-void multiply_integer(const Weight& w, const Rows& rows, const Output& output, Team& team) {
+void multiply_integer(const Weight& w, const Rows& rows, const Output& output, Scratch& scratch, Team& team) {
+  if (multiply_group_tiles(w, rows, output, scratch, team)) return;
   if (multiply_integer_tiles(w, rows, output, team)) return;
   const Kernel kernel = choose_kernel(w);
   const int64_t tile_bytes = (int64_t)w.padded_features() * (w.form == kInt4 ? 8 : 16);

@@ -174,8 +174,8 @@ bool multiply_integer_tiles(const Weight& w, const Rows& rows, const Output& out
       {multiply_piece<1, true>, multiply_piece<2, true>, multiply_piece<3, true>},
   };
   const auto kernel = kernels[w.offsets != nullptr][w.planes - 1];
-  const int64_t pairs = (w.tiles() + 1) / 2, rows_per_block = 480;  // a multiple of 2 x 16, 2 x 8 and 2 x 5
-  const Pieces blocks = {rows.count, rows_per_block};
+  const int64_t pairs = (w.tiles() + 1) / 2;
+  const Pieces blocks = split_rows(rows.count, rows.stride * w.planes, 2 * (16 / w.planes));
   team.run(pairs * blocks.count(), [&](int64_t task) {
     const int64_t block = task / pairs;
     kernel(w, rows, output, (int)(task % pairs) * 2, blocks.begin(block), blocks.end(block));

@@ -61,27 +61,38 @@ QSERVE_INLINE void store_digits(int8_t* to, int64_t stride, I32 number) {
   store_codes(to, number);
 }
 
+// The scale of a group's 16-bit inputs: the power of two that its largest needs. So input times scale is exact wherever
+// the scale is multiplied in. What is too small for that to hold in bfloat16 counts as nothing.
+float choose_scale(float most) {
+  constexpr float kMost = 127.0f * 256, kNothing = 1e-24f;
+  if (most < kNothing) return 0.0f;
+  int exponent;
+  std::frexp(most / kMost, &exponent);
+  return std::ldexp(1.0f, exponent);
+}
+
 // Sixteen at a time, so what is written past `count` belongs to the next group, which is written later.
 template <int Planes>
-float quantize_exact(const float* x, int64_t count, int8_t* to, int64_t stride) {
-  constexpr float kMost = Planes == 2 ? 127.0f * 256 : 127.0f * 65536;
-  const float most = largest_magnitude(x, count);
-  const float factor = most > 0 ? kMost / most : 0.0f;
+void quantize_exact(const float* x, int64_t count, float factor, int8_t* to, int64_t stride) {
   for (int64_t i = 0; i < count; i += kLanes)
     store_digits<Planes>(to + i, stride, round_to_int(load_some(x + i, (int)(count - i)) * splat(factor)));
-  return most / kMost;
 }
 
 void quantize_groups(const float* x, const Weight& w, const Row& row) {
   for (int g = 0; g < w.groups; ++g) {
     const int64_t at = (int64_t)g * w.padded_group;
-    row.scales[g] = quantize_exact<2>(x + at, w.padded_group, row.codes + at, row.stride);
+    const float scale = choose_scale(largest_magnitude(x + at, w.padded_group));
+    row.scales[g] = scale;
+    quantize_exact<2>(x + at, w.padded_group, scale > 0 ? 1.0f / scale : 0.0f, row.codes + at, row.stride);
   }
   sum_groups(w, row, [&](int g) { return row.scales[g]; });
 }
 
 void quantize_long(const float* x, const Weight& w, const Row& row) {
-  row.scales[0] = quantize_exact<3>(x, w.padded_features(), row.codes, row.stride);
+  constexpr float kMost = 127.0f * 65536;
+  const float most = largest_magnitude(x, w.padded_features());
+  row.scales[0] = most / kMost;
+  quantize_exact<3>(x, w.padded_features(), most > 0 ? kMost / most : 0.0f, row.codes, row.stride);
   sum_groups(w, row, [](int) { return 1.0f; });
 }
 

@@ -10,7 +10,7 @@ namespace qserve {
 // An input x of an integer weight is `planes` int8 numbers, most significant first:
 //
 //   1  dynamic int8 as the recipe says: x = scale * (q - zero), a scale and a zero for a row
-//   2  exact inputs, small groups:      x = scale * (256 q0 + q1), a scale for each group: 16 bits of its largest
+//   2  exact inputs, small groups:      x = scale * (256 q0 + q1), a power of two for each group: 15 bits of its largest
 //   3  exact inputs, long groups:       x = scale * (65536 q0 + 256 q1 + q2), a scale for a row: 24 bits
 //
 // Sums of products of such numbers are exact in int32, so every kernel agrees to the bit, whatever its order.

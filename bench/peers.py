@@ -8,10 +8,11 @@ import subprocess
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import gguf
 import httpx
@@ -26,6 +27,7 @@ from training.demo import SMOLLM2, download
 LLAMA_CPP = ("xllamacpp==2026.10.11549",)
 TRANSFORMERS = ("transformers[serving]==5.23.0", "torch==2.13.0")
 CONTEXT = 1024
+IGNORE_EOS = {"ignore_eos": True}  # every answer is of full length; transformers knows no such field and refuses it
 _START_SECONDS = 300
 
 
@@ -39,7 +41,8 @@ class Peer:
 
     requirements: tuple[str, ...]
     command: Callable[[Path, int, int], list[str]]
-    model: Callable[[], str]  # the name that requests send
+    model: Callable[[], str] = str  # the name that requests send; empty: the first that the server lists
+    extra: Mapping[str, Any] = field(default_factory=dict)  # fields that only some servers know
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,7 @@ class RunningPeer:
 
     url: str
     model: str
+    extra: Mapping[str, Any]
     pid: int
 
     def read_memory(self) -> dict[str, float | None]:
@@ -61,7 +65,7 @@ def _llama_cpp(quantization: str) -> Peer:
         numbers = [str(number) for number in (port, count_cores(), clients, CONTEXT)]
         return [str(python), str(script), str(get_gguf(quantization)), *numbers]
 
-    return Peer(requirements=LLAMA_CPP, command=command, model=lambda: "")
+    return Peer(requirements=LLAMA_CPP, command=command, extra=IGNORE_EOS)
 
 
 def _transformers() -> Peer:
@@ -94,7 +98,7 @@ def running(name: str, *, clients: int) -> Iterator[RunningPeer]:
             if not _wait(url, process):
                 log.seek(0)
                 raise DoesNotStart(f"{name} does not start: {last_line(log.read())}")
-            yield RunningPeer(url=url, model=peer.model(), pid=process.pid)
+            yield RunningPeer(url=url, model=peer.model(), extra=peer.extra, pid=process.pid)
         finally:
             process.kill()  # some take long to end, and nothing of them is wanted any more
             process.wait()
@@ -121,10 +125,10 @@ def _requantize(source: Path, target: Path, wanted: gguf.GGMLQuantizationType) -
     reader = gguf.GGUFReader(source)
     architecture = reader.fields[gguf.Keys.General.ARCHITECTURE].contents()
     writer = gguf.GGUFWriter(target, architecture)
-    for name, field in reader.fields.items():
+    for name, stored in reader.fields.items():
         if name != gguf.Keys.General.ARCHITECTURE and not name.startswith("GGUF."):
-            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
+            inner = stored.types[-1] if stored.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, stored.contents(), stored.types[0], sub_type=inner)
     for tensor in reader.tensors:
         data, kind = tensor.data, tensor.tensor_type
         if kind == gguf.GGMLQuantizationType.Q4_1:

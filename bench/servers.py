@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 
 from bench.environment import NotInstallable
 from bench.models import FLOAT, get_model
-from bench.peers import PEERS, DoesNotStart, RunningPeer, running
+from bench.peers import IGNORE_EOS, PEERS, DoesNotStart, RunningPeer, running
 from qserve.bench.figures import Figures
 from qserve.bench.load import make_loads
 from qserve.bench.machine import Machine, describe_circumstances
@@ -80,7 +80,7 @@ class Prose:
     def _job(self, start: int) -> Job:
         places = range(start, start + self._prompt)
         text = self._tokenizer.decode([self._ids[place % len(self._ids)] for place in places])
-        body = {"prompt": text, "max_tokens": self._tokens, "temperature": 0, "stream": True, "ignore_eos": True}
+        body = {"prompt": text, "max_tokens": self._tokens, "temperature": 0, "stream": True}
         return Job(COMPLETIONS, {**body, "stream_options": {"include_usage": True}})
 
 
@@ -142,12 +142,16 @@ def start(name: str, stack: ExitStack, *, clients: int) -> tuple[Server, ServerP
         if name in OURS:
             own = stack.enter_context(ServerProcess([str(get_model("smollm2", OURS[name]))]))
             own.wait_until_ready()
-            return connect(Target(label=name, url=own.url, model=""), api_key="", seconds=600), own
+            server = connect(Target(label=name, url=own.url, model=""), api_key="", seconds=600)
+            server.extra = IGNORE_EOS
+            return server, own
         peer = stack.enter_context(running(name, clients=clients))
     except (NotInstallable, DoesNotStart, UsageError) as error:
         nowhere.problem = str(error)
         return nowhere, None
-    return connect(Target(label=name, url=peer.url, model=peer.model), api_key="", seconds=600), peer
+    server = connect(Target(label=name, url=peer.url, model=peer.model), api_key="", seconds=600)
+    server.extra = peer.extra
+    return server, peer
 
 
 async def _measure(servers: Sequence[Server], plan: Plan, look: Any) -> list[Row]:

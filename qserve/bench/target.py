@@ -34,10 +34,15 @@ class Target:
 
 @dataclass(slots=True, kw_only=True)
 class Server:
-    """A target, connected. `problem` says why it cannot be measured; `facts` go into the result."""
+    """A target, connected.
+
+    `extra` are fields that this server alone is sent, `problem` says why it cannot be measured, and `facts` go into the
+    result.
+    """
 
     target: Target
     connections: Connections
+    extra: Mapping[str, Any] = field(default_factory=dict)
     model: str = ""
     vocab_size: int | None = None
     problem: str = ""
@@ -53,7 +58,7 @@ class Server:
         return await self.connections.exchange("POST", self._path(path), body)
 
     def encode(self, job: Job) -> tuple[str, bytes]:
-        return job.path, job.encode(self.model)
+        return job.path, job.encode(self.model, self.extra)
 
     async def look(self) -> None:
         """Finds the model's name, and what else the server likes to tell."""

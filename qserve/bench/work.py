@@ -44,8 +44,8 @@ class Job:
     path: str
     body: Mapping[str, Any]
 
-    def encode(self, model: str) -> bytes:
-        return json.dumps({"model": model, **self.body}).encode()
+    def encode(self, model: str, extra: Mapping[str, Any] | None = None) -> bytes:
+        return json.dumps({"model": model, **self.body, **(extra or {})}).encode()
 
 
 class Work:

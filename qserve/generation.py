@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from qserve.engine.request import FinishReason, SamplingParams, TokenEvent, TokenLogprob
 from qserve.text.detokenizer import make_detokenizer
+from qserve.text.grammar import Grammar
 from qserve.text.stop import StopStrings
 from qserve.text.tokenizer import Tokenizer
 
@@ -31,6 +32,11 @@ class GenerationOptions:
     skip_special_tokens: bool = True
     echo: bool = False
     priority: int = 0
+    grammar: Grammar | None = None  # what the text must look like
+
+    def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """Every token that ends the generation: the caller's own, and the model's unless they are to be ignored."""
+        return self.sampling.stop_token_ids | (frozenset() if self.ignore_eos else tokenizer.end_token_ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +79,7 @@ class TextAssembler:
     def __init__(self, tokenizer: Tokenizer, prompt: Prompt, options: GenerationOptions) -> None:
         self._tokenizer = tokenizer
         self._options = options
+        self._stop_ids = options.stop_ids(tokenizer)
         self._prompt_ids = prompt.ids
         self._detokenizer = make_detokenizer(tokenizer, prompt.ids, skip_special_tokens=options.skip_special_tokens)
         self._stops = StopStrings(options.stop, include_in_output=options.include_stop)
@@ -114,7 +121,8 @@ class TextAssembler:
         """Takes in a token; its id when it is one of the caller's own stop tokens and ends the text."""
         self._num_output_tokens += 1
         self._token_ids.append(token_id)
-        is_stop = event.finish_reason is FinishReason.STOP
+        # A grammar that is complete ends a text too, and then the last token belongs to it.
+        is_stop = event.finish_reason is FinishReason.STOP and token_id in self._stop_ids
         offset = self._num_characters
         if not is_stop or self._options.include_stop:
             piece = self._detokenizer.feed(token_id)

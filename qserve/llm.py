@@ -25,6 +25,7 @@ from qserve.errors import (
 )
 from qserve.generation import Deadline, GenerationOptions, Prompt, TextAssembler, TextDelta
 from qserve.metrics import Metrics, Outcome
+from qserve.text.grammar import Grammar, GrammarCompiler, GrammarSource
 from qserve.text.templates import ChatTemplate, Message
 from qserve.text.tokenizer import Tokenizer
 
@@ -58,6 +59,7 @@ class LLM:
         self.template = template
         self.loop = loop
         self.metrics = metrics
+        self._grammars = GrammarCompiler(tokenizer, vocabulary_size=info.vocabulary_size)
 
     @property
     def is_alive(self) -> bool:
@@ -118,9 +120,13 @@ class LLM:
         sampling = options.sampling
         self.check_vocabulary(sampling.logit_bias, param="logit_bias")
         self.check_vocabulary(sampling.stop_token_ids, param="stop_token_ids")
-        ends = frozenset() if options.ignore_eos else self.tokenizer.end_token_ids
-        sampling = replace(sampling, stop_token_ids=sampling.stop_token_ids | ends)
-        request = Request(uuid.uuid4().hex, list(prompt.ids), sampling, priority=options.priority)
+        self.check_vocabulary(sampling.allowed_token_ids or (), param="allowed_token_ids")
+        stop_ids = options.stop_ids(self.tokenizer)
+        sampling = replace(sampling, stop_token_ids=stop_ids)
+        constraint = None if options.grammar is None else options.grammar.start(stop_ids=stop_ids)
+        request = Request(
+            uuid.uuid4().hex, list(prompt.ids), sampling, priority=options.priority, constraint=constraint
+        )
         assembler = TextAssembler(self.tokenizer, prompt, options)
         try:
             events = self.loop.submit(request)
@@ -128,6 +134,16 @@ class LLM:
             self.metrics.observe_rejection(error.reason)
             raise
         return Generation(self, request, assembler, events, deadline=deadline)
+
+    def compile(self, source: GrammarSource) -> Grammar:
+        """What `GenerationOptions.grammar` takes; raises InvalidRequest. May take a second: call it in a thread."""
+        return self._grammars.compile(source)
+
+    def encode_words(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """What `SamplingParams.bad_words` takes: words as they stand at the start of a text, and after a space."""
+        texts = [space + word.lstrip() for word in words for space in ("", " ")]
+        runs = [tuple(self.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+        return tuple(dict.fromkeys(run for run in runs if run))
 
     def check_vocabulary(self, ids: Iterable[int], *, param: str) -> None:
         """Raises for an id that the model does not have, naming the field it came in."""
@@ -207,6 +223,11 @@ class Generation:
         async for event in self._events:
             if event.finish_reason is FinishReason.ABORT:
                 break
+            if event.finish_reason is FinishReason.ERROR:
+                raise InvalidRequest(
+                    "No token was left that the request allows: its grammar grew too complex for what was said, or "
+                    "it does not go together with allowed_token_ids, bad_words or min_tokens."
+                )
             delta = self._assembler.add(event)
             if delta is not None:
                 return delta

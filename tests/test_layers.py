@@ -56,6 +56,7 @@ HOMES: dict[str, set[str]] = {
     "pydantic_core": {"qserve.api"},
     "uvicorn": {"qserve.server", "qserve.connection"},
     "jinja2": {"qserve.text"},
+    "llguidance": {"qserve.text.grammar"},
     "tokenizers": {"qserve.text", "training"},
     "prometheus_client": {"qserve.metrics"},
     "huggingface_hub": {"qserve.checkpoint"},

@@ -63,7 +63,7 @@ def _plan(llm: LLM, wanted: ChatRequest) -> Plan:
         wanted=wanted,
         is_chat=True,
         prompts=[prompt],
-        options=[wanted.options(sampling)],
+        options=[wanted.options(sampling, wanted.compile_rules(llm))],
         num_samples=wanted.n,
         logprobs=writer,
     )

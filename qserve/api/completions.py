@@ -10,6 +10,7 @@ from qserve.api.limits import check_limits
 from qserve.api.logprobs import LogprobWriter
 from qserve.api.protocol import CompletionRequest, parse
 from qserve.api.service import Service
+from qserve.api.structured import Rules
 from qserve.generation import GenerationOptions, Prompt
 from qserve.llm import LLM
 
@@ -25,12 +26,13 @@ async def completions(request: Request) -> Response:
 
 def _plan(llm: LLM, wanted: CompletionRequest) -> Plan:
     prompts = [_make_prompt(llm, wanted, prompt) for prompt in wanted.prompt]
+    rules = wanted.compile_rules(llm)
     return Plan(
         llm=llm,
         wanted=wanted,
         is_chat=False,
         prompts=prompts,
-        options=[_make_options(llm, wanted, prompt) for prompt in prompts],
+        options=[_make_options(llm, wanted, prompt, rules) for prompt in prompts],
         num_samples=wanted.best_of or wanted.n,
         logprobs=_make_writer(llm, wanted),
     )
@@ -45,7 +47,7 @@ def _make_prompt(llm: LLM, wanted: CompletionRequest, given: str | list[int]) ->
     return prompt if limit is None or len(prompt.ids) <= limit else Prompt(ids=prompt.ids[-limit:])
 
 
-def _make_options(llm: LLM, wanted: CompletionRequest, prompt: Prompt) -> GenerationOptions:
+def _make_options(llm: LLM, wanted: CompletionRequest, prompt: Prompt, rules: Rules) -> GenerationOptions:
     logprobs = wanted.logprobs
     if logprobs is None and wanted.best_of is not None:
         logprobs = 0  # the best are found by them
@@ -55,7 +57,7 @@ def _make_options(llm: LLM, wanted: CompletionRequest, prompt: Prompt) -> Genera
         logprobs=logprobs,
         prompt_logprobs=max((number for number in asked if number is not None), default=None),
     )
-    return wanted.options(sampling, echo=wanted.echo)
+    return wanted.options(sampling, rules, echo=wanted.echo)
 
 
 def _make_writer(llm: LLM, wanted: CompletionRequest) -> LogprobWriter | None:

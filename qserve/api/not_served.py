@@ -8,23 +8,15 @@ from qserve.errors import InvalidRequest
 # Values that ask for nothing, of fields that are not served: they may be sent, anything else is refused.
 Neutral = tuple[Any, ...]
 _NOT_SERVED_ANYWHERE: dict[str, Neutral] = {
-    "allowed_token_ids": (),
-    "bad_words": ([],),
     "cache_salt": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
+    "guided_decoding_backend": ("auto", "guidance"),
     "kv_transfer_params": (),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
     "logprob_token_ids": (),
     "repetition_detection": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "thinking_token_budget": (),
     "top_n_sigma": (),
-    "typical_p": (1, 1.0),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
 }

@@ -4,19 +4,20 @@
 vLLM has and that is not served here is refused, unless its value asks for nothing.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from dataclasses import replace
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, from_json
 
 from qserve.api.not_served import (
     BOOKKEEPING,
     NOT_SERVED_IN_CHAT,
     NOT_SERVED_IN_COMPLETIONS,
-    Neutral,
     refuse_what_is_not_served,
 )
+from qserve.api.structured import Rules, StructuredRequest
+from qserve.api.wire import Wire
 from qserve.engine.request import SamplingParams
 from qserve.errors import InvalidRequest
 from qserve.generation import GenerationOptions
@@ -25,20 +26,6 @@ _LONGEST_ECHO = 80
 _MAX_PROMPTS = 1024
 _MAX_STOPS = 64
 _MAX_STOP_LENGTH = 1000
-
-
-class _Wire(BaseModel):
-    """A JSON object of a request."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
-    not_served: ClassVar[Mapping[str, Neutral]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: item for name, item in value.items() if item is not None}
-        return value
 
 
 def _check_prompt(value: Any) -> Any:
@@ -73,12 +60,12 @@ def _check_bias(value: Any) -> Any:
     return {int(key): bias for key, bias in value.items()}
 
 
-class StreamOptions(_Wire):
+class StreamOptions(Wire):
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
-class GenerationRequest(_Wire):
+class GenerationRequest(StructuredRequest):
     """What completions and chat share."""
 
     model: str | None = None
@@ -89,13 +76,15 @@ class GenerationRequest(_Wire):
     top_p: float = Field(1.0, ge=0, le=1)
     top_k: int = Field(0, ge=-1)
     min_p: float = Field(0.0, ge=0, le=1)
+    typical_p: float = Field(1.0, gt=0, le=1)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, gt=0, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_check_bias)] = {}
-    stop: Annotated[list[str], BeforeValidator(_check_stop)] = []
-    stop_token_ids: list[int] = []
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_check_bias)] = Field({})
+    allowed_token_ids: list[int] | None = Field(None, min_length=1)
+    stop: Annotated[list[str], BeforeValidator(_check_stop)] = Field([])
+    stop_token_ids: list[int] = Field([])
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: int = Field(0, ge=0)
@@ -131,22 +120,25 @@ class GenerationRequest(_Wire):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
+            typical_p=self.typical_p,
             logit_bias=self.logit_bias,
+            allowed_token_ids=None if self.allowed_token_ids is None else frozenset(self.allowed_token_ids),
             seed=self.seed,
             stop_token_ids=frozenset(self.stop_token_ids),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )
 
-    def options(self, sampling: SamplingParams, *, echo: bool = False) -> GenerationOptions:
+    def options(self, sampling: SamplingParams, rules: Rules, *, echo: bool = False) -> GenerationOptions:
         return GenerationOptions(
-            sampling=sampling,
+            sampling=replace(sampling, bad_words=rules.bad_words),
             stop=tuple(self.stop),
             include_stop=self.include_stop_str_in_output,
             ignore_eos=self.ignore_eos,
             skip_special_tokens=self.skip_special_tokens,
             echo=echo,
             priority=self.priority,
+            grammar=rules.grammar,
         )
 
 
@@ -169,7 +161,7 @@ class CompletionRequest(GenerationRequest):
         return self
 
 
-class _TextPart(_Wire):
+class _TextPart(Wire):
     type: str
     text: str = ""
 
@@ -185,7 +177,7 @@ def _join_parts(value: Any) -> Any:
     return "\n".join(part.text for part in parts)
 
 
-class ChatMessage(_Wire):
+class ChatMessage(Wire):
     """A message; the template sees its other fields too (`name`, `tool_calls`, `tool_call_id`, ...)."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
@@ -204,7 +196,7 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     add_generation_prompt: bool | None = None  # by default, unless the final message is to be continued
     continue_final_message: bool = False
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = Field({})
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:
@@ -221,14 +213,14 @@ class ChatRequest(GenerationRequest):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-class TokenizeRequest(_Wire):
+class TokenizeRequest(Wire):
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] = []
+    messages: list[ChatMessage] = Field([])
     add_special_tokens: bool = True
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = Field({})
     return_token_strs: bool = False
 
     @model_validator(mode="after")
@@ -238,13 +230,13 @@ class TokenizeRequest(_Wire):
         return self
 
 
-class DetokenizeRequest(_Wire):
+class DetokenizeRequest(Wire):
     model: str | None = None
     tokens: list[int]
     skip_special_tokens: bool = False
 
 
-T = TypeVar("T", bound=_Wire)
+T = TypeVar("T", bound=Wire)
 
 
 def parse(kind: type[T], body: bytes) -> tuple[T, list[str]]:
@@ -266,7 +258,7 @@ def parse(kind: type[T], body: bytes) -> tuple[T, list[str]]:
 
 def _as_invalid_request(details: ErrorDetails) -> InvalidRequest:
     """pydantic's first complaint in one line, with the field's name as OpenAI writes it: messages[0].content."""
-    path = [step for step in details["loc"] if not str(step).startswith(("function-", "list["))]
+    path = [step for step in details["loc"] if not str(step).startswith(("function-", "list[", "dict["))]
     param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
     message = details["msg"].removeprefix("Value error, ")
     if details["type"] == "missing":

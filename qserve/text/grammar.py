@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from, regex_to_lark
 
 from qserve.errors import InvalidRequest
 from qserve.text.tokenizer import Tokenizer
@@ -19,7 +19,8 @@ _LONGEST_SOURCE = 1 << 17  # characters; compilation is quadratic in some parts,
 _LONGEST_COMPLAINT = 400
 _NUM_KEPT = 64  # compiled grammars
 # A lexer state takes one to two KiB, and a request has its own: without a limit one request could fill the memory.
-_LIMITS = LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
+# The fuel is a fifth of the library's own, which lets a pattern like (a{1000}){1000} compile for seconds.
+_LIMITS = LLParserLimits(max_lexer_states=20_000, initial_lexer_fuel=200_000, verbose_errors=False)
 # Between two parts of a JSON text: what people and models write, but no endless blanks, which small models fall into.
 _WHITESPACE = r"[ \t]{0,2}(\r?\n[ \t]{0,64})?"
 _ANY_TEXT = r"/(.|\n)*/"
@@ -56,14 +57,15 @@ def from_json_schema(schema: Mapping[str, Any] | str, *, param: str, whitespace:
 
 
 def from_regex(pattern: str, *, param: str) -> GrammarSource:
-    """Text that matches as a whole; look-around and back-references cannot be compiled."""
+    r"""Text that matches as a whole; look-around and back-references cannot be compiled. `\d` is 0 to 9 alone."""
     _check_length(pattern, param=param)
-    return GrammarSource(text=LLMatcher.grammar_from_regex(pattern), param=param)
+    return GrammarSource(text=LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(pattern, 'd')}/"), param=param)
 
 
 def from_choices(choices: Sequence[str], *, param: str) -> GrammarSource:
     """One of these strings."""
-    return from_grammar("start: " + " | ".join(map(json.dumps, choices)), param=param)
+    # As a terminal, which is one automaton: a rule would be followed choice by choice, and 2,000 at most.
+    return from_grammar("start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, choices)), param=param)
 
 
 def from_grammar(grammar: str, *, param: str) -> GrammarSource:
@@ -169,13 +171,11 @@ class GrammarCompiler:
     def _compile(self, source: GrammarSource) -> Grammar:
         """Raises InvalidRequest with the compiler's complaint. May take a second: not for an event loop's thread."""
         matcher = LLMatcher(self._backend, source.text, log_level=0, limits=_LIMITS)
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # the first is the slowest, and may still meet a limit
-        if matcher.is_error():
-            complaint = _cut(matcher.get_error())
-            raise InvalidRequest(f"{source.param} cannot be compiled: {complaint}", param=source.param)
-        if matcher.is_stopped():
-            raise InvalidRequest(f"{source.param} allows no text, or only the empty one.", param=source.param)
+        complaint = matcher.get_error() or _try_first_token(matcher)
+        if complaint.startswith("NoExtensionBias"):
+            complaint = "it allows no text at all"
+        if complaint:
+            raise InvalidRequest(f"{source.param} cannot be compiled: {_cut(complaint)}", param=source.param)
         return Grammar(matcher, vocabulary_size=self._vocabulary_size)
 
     @cached_property
@@ -187,6 +187,16 @@ class GrammarCompiler:
         """
         wrapper = TokenizerWrapper(_Vocabulary(self._tokenizer, size=self._vocabulary_size))
         return LLTokenizer(wrapper, n_vocab=self._vocabulary_size + 1, eos_token=self._vocabulary_size)
+
+
+def _try_first_token(matcher: LLMatcher) -> str:
+    """What the first step complains of; it is the slowest, and some limits are met only there."""
+    allowed = int.from_bytes(matcher.compute_bitmask(), "little")
+    lowest = (allowed & -allowed).bit_length() - 1
+    trial = matcher.deep_copy()
+    if not matcher.is_error() and trial.consume_token(lowest):
+        trial.compute_bitmask()
+    return matcher.get_error() if matcher.is_error() else trial.get_error() if trial.is_error() else ""
 
 
 class _Vocabulary:
@@ -210,5 +220,5 @@ def _check_length(text: str, *, param: str) -> None:
 
 
 def _cut(complaint: object) -> str:
-    text = str(complaint).strip()
+    text = str(complaint).removesuffix("<non-verbose/>").strip()
     return text if len(text) <= _LONGEST_COMPLAINT else text[:_LONGEST_COMPLAINT] + "..."

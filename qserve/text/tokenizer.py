@@ -67,6 +67,11 @@ class Tokenizer:
         return "ByteFallback" in self._decoder
 
     @property
+    def special_token_ids(self) -> dict[str, int]:
+        """The special tokens by what they are written as."""
+        return {self._added[token_id]: token_id for token_id in self.special_ids}
+
+    @property
     def bos_id(self) -> int | None:
         return None if self.special.bos is None else self.token_to_id(self.special.bos)
 

@@ -100,7 +100,6 @@ def test_by_default_an_answer_may_fill_the_context(client: httpx.Client) -> None
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         ({"messages": [{"role": "user", "content": None}], "continue_final_message": True}, "continue_final_message"),
     ],

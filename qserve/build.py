@@ -16,6 +16,7 @@ from qserve.checkpoint.contents import Checkpoint
 from qserve.checkpoint.detect import detect
 from qserve.checkpoint.hub import resolve
 from qserve.checkpoint.load import open_weights
+from qserve.checkpoint.save import read_provenance
 from qserve.config import DeviceConfig, EngineConfig, ServerConfig
 from qserve.device.kv_cache import block_bytes, make_cache
 from qserve.device.load import load_model, model_limit
@@ -183,6 +184,7 @@ def _cache_dtype(config: DeviceConfig, checkpoint: Checkpoint) -> torch.dtype:
 
 def _describe(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """What GET /v1/models/{id} tells beyond OpenAI's fields; nothing of our paths."""
+    provenance = read_provenance(checkpoint.home)
     bytes_by_kind: dict[str, int] = {}
     for tensor in checkpoint.tensors.values():
         kind = tensor.class_name if tensor.is_quantized else str(tensor.dtype).removeprefix("torch.")
@@ -190,5 +192,7 @@ def _describe(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return {
         "recipe": checkpoint.recipe.name if checkpoint.recipe else None,
         "model_type": checkpoint.config.get("model_type"),
+        "loss": provenance.get("loss"),
+        "provenance": provenance or None,
         "bytes": {"total": checkpoint.num_bytes, "by_kind": bytes_by_kind},
     }

@@ -71,6 +71,7 @@ class TextDelta:
     stop_reason: str | int | None = None  # the stop string or the caller's stop token that ended it
     num_output_tokens: int = 0  # up to here
     num_cached_tokens: int = 0  # of the prompt
+    pooled: tuple[float, ...] = ()  # the sum of the prompt's final hidden states, when it was asked for
 
 
 class TextAssembler:
@@ -109,7 +110,7 @@ class TextAssembler:
             finish_reason, stop_reason = FinishReason.STOP, self._stops.matched
         if not self._text and finish_reason is None:
             return None
-        return self._take(finish_reason, stop_reason)
+        return self._take(finish_reason, stop_reason, pooled=event.pooled)
 
     def cut(self, request_id: str) -> TextDelta | None:
         """The end of a generation that was given no more time; None while scores of the prompt are missing."""
@@ -150,7 +151,9 @@ class TextAssembler:
             return before
         return before + max(len(piece) - len(own), 0)
 
-    def _take(self, finish_reason: FinishReason | None, stop_reason: str | int | None) -> TextDelta:
+    def _take(
+        self, finish_reason: FinishReason | None, stop_reason: str | int | None, *, pooled: tuple[float, ...]
+    ) -> TextDelta:
         delta = TextDelta(
             text=self._text,
             token_ids=tuple(self._token_ids),
@@ -160,6 +163,7 @@ class TextAssembler:
             stop_reason=stop_reason,
             num_output_tokens=self._num_output_tokens,
             num_cached_tokens=self._num_cached_tokens,
+            pooled=pooled,
         )
         self._text, self._token_ids, self._logprobs = "", [], []
         return delta

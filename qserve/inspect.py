@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from qserve.checkpoint.contents import Checkpoint, TensorInfo
 from qserve.checkpoint.detect import detect
 from qserve.checkpoint.hub import resolve
 from qserve.checkpoint.load import Weights, open_weights
-from qserve.checkpoint.save import PROVENANCE_FILE
+from qserve.checkpoint.save import read_provenance
 from qserve.kernels.build import KernelsUnavailable, choose_variant, find_compiler
 from qserve.kernels.native import pack_linear
 from qserve.kernels.reference import ReferenceOps
@@ -111,7 +110,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         num_values=sum(info.num_values for info in checkpoint.tensors.values()),
         num_bytes=checkpoint.num_bytes,
         kinds=tuple(sorted(kinds, key=lambda kind: -kind.num_bytes)),
-        provenance=_provenance(checkpoint.home),
+        provenance=read_provenance(checkpoint.home),
     )
 
 
@@ -190,12 +189,6 @@ def _kernel(weights: Weights, name: str) -> tuple[str, ActivationQuantization]:
     except KernelsUnavailable:
         return ReferenceOps(device=torch.device("cpu")).pack([weight], biases=[None]).kernel, activation
     return pack_linear([weight], biases=[None], variant=choose_variant()).kernel, activation
-
-
-def _provenance(home: Path) -> Mapping[str, Any]:
-    file = home / PROVENANCE_FILE
-    told: Mapping[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    return told
 
 
 def print_tables(inspection: Inspection, console: Console) -> None:

@@ -3,27 +3,25 @@
 `completions.py` and `chat.py` make the plans.
 """
 
-import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive
 
 from qserve.api.access_log import note_generations
 from qserve.api.limits import find_deadline
 from qserve.api.logprobs import LogprobWriter
 from qserve.api.protocol import GenerationRequest
+from qserve.api.reply import name_unknown_fields, unless_gone
 from qserve.api.stream import Envelope, EventStream, StreamForm, UsageCounter, write_frames
 from qserve.generation import Deadline, GenerationOptions, Prompt, ScoredToken, TextDelta
 from qserve.llm import LLM, Generation, merge
 
-_T = TypeVar("_T")
 _SEEDS = 2**63
 
 
@@ -92,13 +90,13 @@ class _Collected:
 
 async def answer(request: Request, plan: Plan, *, unknown_fields: Sequence[str]) -> Response:
     """Starts what was planned. Errors up to here have a status; later ones in a stream are frames."""
-    headers = {"x-qserve-ignored-fields": _as_header(unknown_fields)} if unknown_fields else {}
+    headers = name_unknown_fields(unknown_fields)
     with ExitStack() as held:
         generations = plan.start(held, deadline=find_deadline(plan.wanted.timeout, request.app.state.limits))
         note_generations(request.scope, generations)
         if plan.wanted.stream:
             return EventStream(_stream(plan, generations), held.pop_all(), headers)
-        return JSONResponse(await _unless_gone(request.receive, _collect(plan, generations)), headers=headers)
+        return JSONResponse(await unless_gone(request.receive, _collect(plan, generations)), headers=headers)
 
 
 def _stream(plan: Plan, generations: Sequence[Generation]) -> AsyncIterator[bytes]:
@@ -159,33 +157,9 @@ def _write_choice(plan: Plan, index: int, prompt: Prompt, one: _Collected) -> di
     return choice
 
 
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
-    """The work's result, unless the client goes away first; the body must have been read."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_wait_until_gone(receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-
-
-async def _wait_until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 def _for_sample(options: GenerationOptions, number: int) -> GenerationOptions:
     """Samples of one prompt differ by their seeds, so that each can be made again."""
     seed = options.sampling.seed
     if seed is None or number == 0:
         return options
     return replace(options, sampling=replace(options.sampling, seed=(seed + number + _SEEDS) % (2 * _SEEDS) - _SEEDS))
-
-
-def _as_header(names: Sequence[str]) -> str:
-    """Field names as a header may carry them, control characters escaped, and not too many."""
-    return ", ".join(name[:40].encode("unicode_escape").decode() for name in names[:10])

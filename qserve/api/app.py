@@ -17,6 +17,7 @@ from qserve.api.chat import chat_completions
 from qserve.api.completions import completions
 from qserve.api.errors import answer_http, answer_nobody, answer_ours, answer_unexpected
 from qserve.api.keys import ApiKey
+from qserve.api.measuring import embeddings, score
 from qserve.api.middleware import BodyLimit, RequestId
 from qserve.api.service import Service
 from qserve.config import AccessConfig, LimitsConfig
@@ -25,6 +26,8 @@ from qserve.errors import QserveError
 _ROUTES = [
     Route("/v1/completions", completions, methods=["POST"]),
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    Route("/v1/embeddings", embeddings, methods=["POST"]),
+    Route("/v1/score", score, methods=["POST"]),
     Route("/v1/models", routes.list_models),
     Route("/v1/models/{name:path}", routes.show_model),
     *[

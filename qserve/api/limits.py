@@ -1,7 +1,7 @@
 """What one request may ask for on this server, which may be less than the protocol allows, and for how long."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from qserve.api.protocol import ChatRequest, CompletionRequest
 from qserve.config import LimitsConfig
@@ -13,6 +13,12 @@ def check_limits(wanted: CompletionRequest | ChatRequest, limits: LimitsConfig) 
     for field, number, most in _asked(wanted, limits):
         if number is not None and number > most:
             raise InvalidRequest(f"{field} asks for {number}, but this server gives at most {most}.", param=field)
+
+
+def check_num_prompts(prompts: Sequence[object], limits: LimitsConfig, *, param: str) -> None:
+    if len(prompts) > limits.max_prompts:
+        message = f"{param} has {len(prompts)} prompts, but this server takes at most {limits.max_prompts}."
+        raise InvalidRequest(message, param=param)
 
 
 def find_deadline(timeout: float | None, limits: LimitsConfig) -> Deadline | None:

@@ -28,7 +28,7 @@ _MAX_STOPS = 64
 _MAX_STOP_LENGTH = 1000
 
 
-def _check_prompt(value: Any) -> Any:
+def check_prompt(value: Any) -> Any:
     """OpenAI's four forms: a string, strings, token ids, lists of token ids; always returned as a list of prompts."""
     prompts = value if isinstance(value, list) and value and isinstance(value[0], str | list) else [value]
     if len(prompts) > _MAX_PROMPTS:
@@ -145,7 +145,7 @@ class GenerationRequest(StructuredRequest):
 class CompletionRequest(GenerationRequest):
     not_served = NOT_SERVED_IN_COMPLETIONS
 
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_check_prompt)]
+    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(check_prompt)]
     max_tokens: int = Field(16, ge=0)
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)

@@ -117,6 +117,13 @@ def _provenance(recipe: Recipe | None, told: Mapping[str, Any]) -> dict[str, Any
     return {"recipe": recipe.name if recipe else None, "versions": versions, **told}
 
 
+def read_provenance(directory: Path) -> Mapping[str, Any]:
+    """What an artifact tells of its making; nothing for a checkpoint that nobody made here."""
+    file = directory / PROVENANCE_FILE
+    told: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return told
+
+
 def _json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
 

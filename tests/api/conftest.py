@@ -13,7 +13,9 @@ import pytest
 
 from qserve.api.app import make_app
 from qserve.api.service import Service
-from qserve.config import AccessConfig, EngineConfig, LimitsConfig, ServerConfig
+from qserve.build import build_llm
+from qserve.checkpoint.save import PROVENANCE_FILE
+from qserve.config import AccessConfig, DeviceConfig, EngineConfig, LimitsConfig, ServerConfig
 from qserve.engine.engine import Engine
 from qserve.engine.loop import EngineLoop
 from qserve.engine.scheduler import Scheduler
@@ -157,3 +159,28 @@ def server(shared_server: Server) -> Iterator[Server]:
 def client(server: Server) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=30) as client:
         yield client
+
+
+@dataclass
+class Tiny:
+    """A server over a tiny model, all of it real."""
+
+    url: str
+    address: tuple[str, int]
+    llm: LLM
+    directory: Path
+
+    def wait_until_idle(self) -> None:
+        wait_until(lambda: self.llm.loop.stats.num_held_blocks == 0 == self.llm.loop.stats.num_running)
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+    directory = tiny.make_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+    (directory / PROVENANCE_FILE).write_text('{"method": "made by a test", "loss": {"artifact": 1.5}}')
+    llm = build_llm(directory, engine=EngineConfig(max_running=16), device=DeviceConfig(kv_cache_mb=8))
+    try:
+        with listening(Service(llm)) as address:
+            yield Tiny(f"http://{address[0]}:{address[1]}", address, llm, directory)
+    finally:
+        llm.close()

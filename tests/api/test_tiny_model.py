@@ -4,8 +4,6 @@ import asyncio
 import json
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,38 +12,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qserve.api.service import Service
-from qserve.build import build_llm
-from qserve.config import DeviceConfig, EngineConfig
 from qserve.engine.request import SamplingParams
 from qserve.generation import GenerationOptions
-from qserve.llm import LLM
 from tests import tiny
-from tests.api.conftest import listening, wait_until
+from tests.api.conftest import Tiny
 
 PROMPTS = ["The import system", "A list of", "Python is", "def f(", "naïve 東京", "An object's type", "with open", "0x"]
 
 
-@dataclass
-class Tiny:
-    url: str
-    address: tuple[str, int]
-    llm: LLM
-    directory: Path
-
-    def wait_until_idle(self) -> None:
-        wait_until(lambda: self.llm.loop.stats.num_held_blocks == 0 == self.llm.loop.stats.num_running)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
-    directory = tiny.make_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
-    llm = build_llm(directory, engine=EngineConfig(max_running=16), device=DeviceConfig(kv_cache_mb=8))
-    try:
-        with listening(Service(llm)) as address:
-            yield Tiny(f"http://{address[0]}:{address[1]}", address, llm, directory)
-    finally:
-        llm.close()
+@pytest.fixture
+def server(tiny_server: Tiny) -> Tiny:
+    return tiny_server
 
 
 @pytest.fixture
@@ -56,9 +33,9 @@ def client(server: Tiny) -> Iterator[openai.OpenAI]:
 
 
 @pytest.fixture(scope="module")
-def model(server: Tiny) -> Any:
+def model(tiny_server: Tiny) -> Any:
     """transformers' own, as the oracle."""
-    return AutoModelForCausalLM.from_pretrained(server.directory, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(tiny_server.directory, dtype=torch.float32)
 
 
 def greedy(model: Any, server: Tiny, prompt: str, max_tokens: int) -> str:
@@ -118,6 +95,8 @@ class TestOfficialClient:
         details = client.models.retrieve("tiny").model_dump()
         assert details["bytes"]["total"] > 0
         assert details["recipe"] is None
+        assert (details["loss"], details["provenance"]["method"]) == ({"artifact": 1.5}, "made by a test")
+        assert details["kernels"]
 
     def test_errors(self, client: openai.OpenAI) -> None:
         with pytest.raises(openai.NotFoundError) as missing:

@@ -25,7 +25,7 @@ from qserve.bench.machine import describe_circumstances
 from qserve.kernels.build import count_cores, find_compiler
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_REPEATS = 7
+_REPEATS = 5
 _BYTES_A_REPEAT = 1 << 30  # so that starting the threads is nothing beside it
 
 

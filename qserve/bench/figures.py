@@ -29,6 +29,7 @@ def make_figures(
     num_input = total(answer.num_prompt_tokens for answer in whole)
     num_output = total(answer.num_output_tokens for answer in whole)
     figures: Figures = {
+        "num_prompts": len(answers),
         "duration": duration,
         "completed": len(whole),
         "failed": len(answers) - len(whole),
@@ -41,6 +42,7 @@ def make_figures(
         "total_token_throughput": None
         if num_input is None or num_output is None
         else (num_input + num_output) / duration,
+        "max_output_tokens_per_s": None if num_output is None else max_tokens_in_a_second(whole),
         "max_concurrent_requests": max_concurrent(whole),
     }
     for metric, seconds in samples(whole).items():
@@ -66,6 +68,18 @@ def describe(metric: str, seconds: Sequence[float], *, percentiles: Sequence[flo
     return {
         f"{name}_{metric}_ms": float(part(milliseconds)) if milliseconds.size else None for name, part in parts.items()
     }
+
+
+def max_tokens_in_a_second(answers: Sequence[Answer]) -> float:
+    """Over the seconds since the first request; an answer's tokens are spread evenly over its chunks."""
+    if not answers:
+        return 0.0
+    start = min(answer.started_at for answer in answers)
+    times = [at - start for answer in answers for at in answer.chunk_times]
+    shares = [
+        (answer.num_output_tokens or 0) / len(answer.chunk_times) for answer in answers for _ in answer.chunk_times
+    ]
+    return float(np.bincount(np.array(times, dtype=np.int64), weights=shares).max())
 
 
 def max_concurrent(answers: Sequence[Answer]) -> int:

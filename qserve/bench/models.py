@@ -12,6 +12,7 @@ from qserve.config import DeviceConfig, EngineConfig
 from qserve.options import add_options
 
 _PROVENANCE = "provenance.json"
+_LOSSES = ("artifact", "trained")  # as qserve-train records them; a float run has only the second
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,8 @@ class Model:
             record = json.loads((Path(self.path) / _PROVENANCE).read_text())
         except (OSError, ValueError):
             return None
-        return _find_loss(record)
+        losses = record.get("loss") or {}
+        return next((losses[name] for name in _LOSSES if name in losses), None)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,12 +64,3 @@ def _flag(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
     return [f"--{flag}", str(value)]
-
-
-def _find_loss(record: Any) -> float | None:
-    """Wherever in the record it stands."""
-    if not isinstance(record, dict):
-        return None
-    if isinstance(record.get("loss"), int | float):
-        return float(record["loss"])
-    return next((found for value in record.values() if (found := _find_loss(value)) is not None), None)

@@ -72,6 +72,14 @@ def test_definitions() -> None:
     assert figures["max_concurrent_requests"] == max(running)
 
 
+def test_the_busiest_second() -> None:
+    answers = [
+        Answer(started_at=5.0, chunk_times=(5.5, 6.2), num_prompt_tokens=1, num_output_tokens=4),
+        Answer(started_at=6.0, chunk_times=(6.1, 6.9, 7.1), num_prompt_tokens=1, num_output_tokens=3),
+    ]
+    assert make_figures(answers, 3.0)["max_output_tokens_per_s"] == pytest.approx(2 + 1 + 1)
+
+
 def test_goodput_wants_every_limit_met() -> None:
     fast = Answer(started_at=0.0, chunk_times=(0.1, 0.2, 0.3), num_prompt_tokens=1, num_output_tokens=3)
     slow = Answer(started_at=0.0, chunk_times=(0.1, 0.2, 1.3), num_prompt_tokens=1, num_output_tokens=3)

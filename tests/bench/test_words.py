@@ -42,7 +42,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     model = tiny.make_model().to(torch.bfloat16)
     recipe = quantize(model, RECIPES["int8-weight-only"]).recipe
     config, quantized = model.config.to_dict(), folder / "int8"
-    provenance = {"evaluation": {"loss": 3.25}}
+    provenance = {"loss": {"tokens": 100, "float": 3.0, "trained": 3.25, "artifact": 3.25}}
     save(quantized, model.state_dict(), config=config, recipe=recipe, source=source, provenance=provenance)
     return source, quantized
 

@@ -23,6 +23,7 @@ _NUM_KEPT = 64  # compiled grammars
 _LIMITS = LLParserLimits(max_lexer_states=20_000, initial_lexer_fuel=200_000, verbose_errors=False)
 # Between two parts of a JSON text: what people and models write, but no endless blanks, which small models fall into.
 _WHITESPACE = r"[ \t]{0,2}(\r?\n[ \t]{0,64})?"
+_NO_MEANING = "\x02"
 _ANY_TEXT = r"/(.|\n)*/"
 
 
@@ -211,7 +212,40 @@ class _Vocabulary:
         self.tokens = [*map(tokenizer.token_bytes, range(size)), b"<end of text>"]
 
     def __call__(self, text: str) -> list[int]:
+        """The tokens of text in the middle of a text: where only one text can follow, only they are allowed.
+
+        Many tokenizers put a space before all that they encode; behind a character of no meaning they cannot.
+        """
+        for lead in ("", _NO_MEANING):
+            num_lead = len(self._encode(lead))
+            ids = self._encode(lead + text)[num_lead:]
+            if b"".join(self.tokens[token_id] for token_id in ids) == text.encode():
+                return ids
+        return self._encode_greedily(text.encode())
+
+    def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _encode_greedily(self, text: bytes) -> list[int]:
+        """The longest token that fits, again and again, for as long as one does."""
+        ids: list[int] = []
+        while text:
+            ends = (end for end in range(min(len(text), self._longest), 0, -1) if text[:end] in self._ids)
+            end = next(ends, None)
+            if end is None:
+                break
+            ids.append(self._ids[text[:end]])
+            text = text[end:]
+        return ids
+
+    @cached_property
+    def _ids(self) -> dict[bytes, int]:
+        special = set(self.special_token_ids)
+        return {piece: token_id for token_id, piece in enumerate(self.tokens) if piece and token_id not in special}
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self._ids), default=0)
 
 
 def _check_length(text: str, *, param: str) -> None:

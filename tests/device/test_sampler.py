@@ -1,5 +1,6 @@
 """Sampling: distributions by chi-square on fixed seeds, penalties by plain formulas, rows that mind only themselves."""
 
+import math
 from typing import Any
 
 import pytest
@@ -31,7 +32,9 @@ def _draw_many(logits: Tensor, num_draws: int = 4000, **params: Any) -> Tensor:
     return torch.bincount(torch.tensor(tokens), minlength=logits.shape[-1])
 
 
-def _allowed(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+def _allowed(
+    logits: Tensor, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, typical_p: float = 1.0
+) -> Tensor:
     """The probabilities that should be drawn from, one token after the other."""
     probabilities = torch.softmax(logits[0].double(), dim=-1)
     order = probabilities.argsort(descending=True).tolist()
@@ -45,6 +48,20 @@ def _allowed(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0, min_p: float
     limit = min_p * float(probabilities.max())
     mask = torch.zeros_like(probabilities)
     mask[[token for token in nucleus if probabilities[token] >= limit]] = 1
+    left = probabilities * mask / (probabilities * mask).sum()
+    return left if typical_p == 1 else _typical(left, typical_p)
+
+
+def _typical(probabilities: Tensor, mass: float) -> Tensor:
+    """Those whose surprise is nearest to the entropy, one by one until their probabilities reach the mass."""
+    left = {token: p for token, p in enumerate(probabilities.tolist()) if p > 0}
+    entropy = -sum(p * math.log(p) for p in left.values())
+    order = sorted(left, key=lambda token: abs(-math.log(left[token]) - entropy))
+    kept: list[int] = []
+    while not kept or sum(left[token] for token in kept) < mass:
+        kept.append(order[len(kept)])
+    mask = torch.zeros_like(probabilities)
+    mask[kept] = 1
     return probabilities * mask / (probabilities * mask).sum()
 
 
@@ -60,6 +77,11 @@ def _allowed(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0, min_p: float
         {"top_p": 1e-9},
         {"top_k": 1},
         {"top_k": 1000},
+        {"typical_p": 0.5},
+        {"typical_p": 0.95},
+        {"typical_p": 1e-9},
+        {"typical_p": 0.6, "top_k": 12},
+        {"typical_p": 0.6, "top_p": 0.9, "min_p": 0.02},
     ],
 )
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -92,7 +114,7 @@ def test_greedy_and_nearly_greedy() -> None:
 
 
 def test_a_row_minds_only_itself() -> None:
-    logits = _logits(8)
+    logits = _logits(9)
     requests = [
         _request(temperature=1.0, seed=1),
         _request(temperature=0.0),
@@ -102,6 +124,7 @@ def test_a_row_minds_only_itself() -> None:
         _request(temperature=0.9, seed=5, repetition_penalty=1.4),
         _request(temperature=0.9, seed=6, presence_penalty=1.0, output=(4, 4)),
         _request(temperature=1.1, seed=7, logit_bias={5: 4.0}),
+        _request(temperature=1.2, seed=8, typical_p=0.5),
     ]
     together = Sampler(seed=1).sample(logits, requests)
     alone = [Sampler(seed=2).sample(logits[row : row + 1], [request])[0] for row, request in enumerate(requests)]

@@ -1,0 +1,136 @@
+"""What a row may not choose, by plain loops over tokens; and rows that mind only themselves."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qserve.device.masks import find_banned_ids
+from qserve.device.runner import ModelRunner
+from qserve.device.sampler import Sampler, adjust
+from qserve.engine.request import Chunk, Request, SamplingParams
+from tests import tiny
+from tests.device import driving
+
+VOCABULARY = 43  # not a multiple of eight
+INF = float("inf")
+
+
+class Bits:
+    """A constraint that allows these tokens, always."""
+
+    is_finished = False
+
+    def __init__(self, *token_ids: int, size: int = VOCABULARY) -> None:
+        self._bits = sum(1 << token_id for token_id in token_ids).to_bytes((size + 7) // 8, "little")
+
+    def accept(self, token_id: int) -> None:
+        raise AssertionError("the device only reads")
+
+    def allowed(self) -> bytes:
+        return self._bits
+
+
+def _request(*, output: tuple[int, ...] = (), constraint: Bits | None = None, **params: Any) -> Request:
+    request = Request("r", [1, 2, 3], SamplingParams(max_tokens=1000, **params), constraint=constraint)
+    request.token_ids += output
+    return request
+
+
+def _logits(rows: int) -> Tensor:
+    return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(3)) * 2
+
+
+def _forbidden(before: Tensor, after: Tensor) -> set[int]:
+    """Which tokens of a row were forbidden; all others must be as before."""
+    kept = after > -INF
+    assert torch.equal(after[kept], before[kept])
+    return set((~kept).nonzero().flatten().tolist())
+
+
+ALL = set(range(VOCABULARY))
+CASES: list[tuple[Request, set[int]]] = [
+    (_request(), set()),
+    (_request(constraint=Bits(0, 7, 8, 42)), ALL - {0, 7, 8, 42}),
+    (_request(allowed_token_ids=frozenset({5, 42})), ALL - {5, 42}),
+    (_request(constraint=Bits(5, 6), allowed_token_ids=frozenset({6, 9})), ALL - {6}),
+    (_request(bad_words=((9,), (4, 5))), {9}),
+    (_request(bad_words=((9,), (4, 5)), output=(1, 4)), {9, 5}),
+    (_request(bad_words=((3, 5),)), set()),  # its beginning stands in the prompt, which was not generated
+    (_request(bad_words=((4, 4, 4),), output=(4,)), set()),
+    (_request(bad_words=((4, 4, 4),), output=(4, 4)), {4}),
+    (_request(min_tokens=2, stop_token_ids=frozenset({8, 60}), output=(1,)), {8}),
+    (_request(min_tokens=2, stop_token_ids=frozenset({8}), output=(1, 1)), set()),
+    (_request(constraint=Bits(8, 9), min_tokens=2, stop_token_ids=frozenset({8})), ALL - {9}),
+    (_request(constraint=Bits()), ALL),
+]
+
+
+def test_each_rule_beside_all_others() -> None:
+    before = _logits(len(CASES))
+    after = adjust(before, [request for request, _ in CASES])
+    assert [_forbidden(*rows) for rows in zip(before, after, strict=True)] == [forbidden for _, forbidden in CASES]
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_each_rule_alone(number: int) -> None:
+    request, forbidden = CASES[number]
+    before = _logits(1)
+    assert _forbidden(before[0], adjust(before, [request])[0]) == forbidden
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.5}, {"typical_p": 0.4}, {"top_k": 3}, {"min_p": 0.3}])
+def test_what_is_chosen_is_allowed_and_depends_on_no_other_row(temperature: float, options: dict[str, Any]) -> None:
+    requests = []
+    for seed in range(3):
+        for request, _ in CASES:
+            params = {name: getattr(request.params, name) for name in SamplingParams.__slots__}
+            params |= {"temperature": temperature, "seed": seed, **options}
+            again = Request("r", [1, 2, 3], SamplingParams(**params), constraint=request.constraint)
+            again.token_ids[3:] = request.token_ids[3:]
+            requests.append(again)
+    logits = _logits(len(requests))
+    together = Sampler(seed=1).sample(logits, requests)
+    alone = [Sampler(seed=1).sample(logits[row : row + 1], [request])[0] for row, request in enumerate(requests)]
+    assert together == alone
+    for token_id, (_, forbidden) in zip(together, CASES * 3, strict=True):
+        assert (token_id is None) == (forbidden == ALL)
+        assert token_id not in forbidden
+
+
+def test_a_bias_does_not_lift_what_is_forbidden() -> None:
+    request = _request(constraint=Bits(4), logit_bias={5: 100.0, 4: -100.0}, temperature=0.0)
+    assert Sampler().sample(_logits(1), [request]) == [4]
+
+
+def test_bits_for_fewer_tokens_than_there_are_rows_of_logits() -> None:
+    assert find_banned_ids(_request(bad_words=((1, 2),))) == set()
+    request = _request(constraint=Bits(4, 39, size=VOCABULARY))
+    wide = torch.zeros(1, VOCABULARY - 4)
+    assert _forbidden(wide[0], adjust(wide, [request])[0]) == set(range(VOCABULARY - 4)) - {4}
+
+
+@pytest.fixture(scope="module")
+def runner() -> ModelRunner:
+    theirs = tiny.make_model()
+    return driving.runner_for(driving.load(driving.config_of(theirs), driving.weights_of(theirs)))
+
+
+def test_scores_are_those_of_the_raw_distribution_and_a_dead_end_has_none(runner: ModelRunner) -> None:
+    def run(constraint: Bits | None, **params: Any) -> Any:
+        request = Request("r", [5, 6, 7], SamplingParams(max_tokens=4, temperature=0.0, logprobs=3, **params))
+        request.constraint = constraint
+        [sampled] = runner.run([Chunk(request=request, start=0, end=3, block_ids=(0,))])
+        return sampled
+
+    free = run(None)
+    best = [entry.token_id for entry in free.logprobs[1:]]
+    held = run(Bits(best[2], size=512))
+    assert held.token_id == best[2]
+    assert held.logprobs[1:] == free.logprobs[1:]
+    assert held.logprobs[0] == free.logprobs[3]
+    assert run(None, allowed_token_ids=frozenset({best[1]})).token_id == best[1]
+    dead = run(Bits(size=512))
+    assert (dead.token_id, dead.logprobs) == (None, ())

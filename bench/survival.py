@@ -178,7 +178,10 @@ def hostile_json(target: Target) -> str:
         b'{"tokens": [99999999999999999999999999999999]}',
         b'\xef\xbb\xbf{"prompt": "x"}',
     ]
-    base = {_COMPLETIONS: b'"prompt": "x"', _CHAT: b'"messages": [{"role": "user", "content": "x"}]'}
+    base = {
+        _COMPLETIONS: b'"prompt": "x", "max_tokens": 2',
+        _CHAT: b'"messages": [{"role": "user", "content": "x"}], "max_tokens": 2',
+    }
     numbers = [b"NaN", b"Infinity", b"-Infinity", b"1e400", b"-1e400", b"9" * 400, b"9" * 5000, b"1" + b"0" * 18, b"-1"]
     fields = (b"temperature", b"max_tokens", b"seed", b"n", b"top_p", b"priority", b"timeout", b"top_k", b"min_tokens")
     cases = [(path, text) for path in _POSTS for text in texts]

@@ -94,7 +94,7 @@ class GenerationRequest(StructuredRequest):
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     priority: int = Field(0, ge=-(2**31), lt=2**31)
-    timeout: float | None = Field(None, gt=0)  # seconds; what there is by then is the answer
+    timeout: float | None = Field(None, gt=0, allow_inf_nan=False)  # seconds; what there is by then is the answer
 
     @model_validator(mode="after")
     def _check_streaming(self) -> Self:

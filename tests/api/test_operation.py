@@ -172,6 +172,11 @@ class TestDeadlines:
     def test_a_timeout_that_is_none_is_refused(self, server: Server, timeout: object) -> None:
         assert complete(server, timeout=timeout).json()["error"]["param"] == "timeout"
 
+    def test_a_timeout_beyond_all_numbers_is_refused(self, client: httpx.Client) -> None:
+        body = b'{"prompt": "x", "timeout": 1e400}'
+        response = client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+        assert response.json()["error"]["param"] == "timeout"
+
 
 def test_several_names_for_one_model(tokenizer_directory: Path) -> None:
     llm, _ = make_llm(tokenizer_directory, other_names=("small", "gpt"))

@@ -94,12 +94,13 @@ def free_port() -> int:
 
 
 def read_memory(pid: int) -> dict[str, float | None]:
-    """MiB of a process now and at its largest; None where the system does not tell."""
+    """MiB of a process: now, without the files that it has mapped, and at its largest; None if that is not told."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         status = ""
-    return {"rss_mib": _find_mib(status, "VmRSS"), "peak_rss_mib": _find_mib(status, "VmHWM")}
+    own = _find_mib(status, "RssAnon")
+    return {"rss_mib": _find_mib(status, "VmRSS"), "rss_anon_mib": own, "peak_rss_mib": _find_mib(status, "VmHWM")}
 
 
 def _ask(url: str) -> int:

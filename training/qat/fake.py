@@ -1,8 +1,8 @@
 """The weight's side of a fake-quantized linear: rounding, learned ranges, an adapter; gradients go straight through.
 
 torchao's FakeQuantizedLinear calls `weight_fake_quantizer(weight)`; `attach` puts a `WeightRounder` in that place. It
-gives the values that torchao's own gives, in a fraction of the passes, and keeps them until the weight changes: under
-gradient accumulation a weight is rounded once for each step of the optimizer.
+gives the values that torchao's own gives, in a fraction of the passes, and keeps them until the optimizer has changed
+the weight: under gradient accumulation a weight is rounded once for each step.
 """
 
 import math
@@ -97,7 +97,7 @@ class WeightRounder(nn.Module):
         return _ranged(merged, ranges.log_scales, ranges.offsets, rounded.values, rounded.inside, self.grid)
 
     def _rounded(self, weight: Tensor, merged: Tensor) -> Rounded:
-        """Kept until something that decides it changes: in-place updates count a tensor's version up."""
+        """Kept until it is told to `forget`, or something that decides it counts a version up."""
         key = tuple((id(tensor), tensor._version) for tensor in (weight, *self.parameters()))
         if self._kept is not None and self._kept[0] == (key, _compute_dtype(weight)):
             return self._kept[1]

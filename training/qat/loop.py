@@ -115,6 +115,8 @@ class Training:
         self.accelerator.clip_grad_norm_([parameter for _, parameter in self.trainee.trainable()], self.options.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        for rounder in self.trainee.rounders.values():
+            rounder.forget()  # torch's fused AdamW does not count the version of what it changes
         self.step += 1
 
     def _switch_on_when_due(self) -> None:

@@ -18,7 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 from qserve.errors import UsageError
 from training.config import TrainOptions, add_options, given_options
@@ -39,7 +39,7 @@ examples:
   qserve-train train --run run --data stories.txt --tokens 500000
   qserve-train train --run run                       # goes on
   qserve-train train --run run --data chat.jsonl --learn-ranges --learning-rate 3e-5
-  torchrun --nproc-per-node 2 -m training.cli train --run run --data stories.txt
+  torchrun --nproc-per-node 2 -m training.cli train --run-dir run --data stories.txt
 """
 
 
@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--run", type=Path, required=True, metavar="DIR", help="the run, made by prepare")
+    # torchrun takes --run for an abbreviation of an option of its own.
+    add("--run", "--run-dir", type=Path, required=True, metavar="DIR", help="the run, made by prepare")
     add(
         "--data",
         type=Path,
@@ -139,7 +140,20 @@ def _make(work: Run, options: TrainOptions, pieces: Tensor, accelerator: Acceler
     if kl_share and options.train == "weights":
         teacher = load_source(work.manifest["source"], seed=options.seed).requires_grad_(False).eval()
         teacher.to(accelerator.device)
+        if options.precision == "bf16":
+            _narrow(teacher)
     return Training(trainee, options, windows=pieces, teacher=teacher, kl_share=kl_share, accelerator=accelerator)
+
+
+def _narrow(teacher: Any) -> None:
+    """Its matrices in the dtype they are multiplied in, which autocast would convert at every step.
+
+    A tied head stays: an embedding in bfloat16 would make the sums of all layers so.
+    """
+    embedding = teacher.get_input_embeddings().weight
+    for module in teacher.modules():
+        if isinstance(module, nn.Linear) and module.weight is not embedding:
+            module.to(torch.bfloat16)
 
 
 # -- what the run is --------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ WORDS: dict[str, Word] = {
     "train": Word("training.qat.train", "train a run, or go on with one"),
     "finalize": Word("training.finalize", "quantize a float model and write the artifact that qserve serves"),
     "evaluate": Word("training.evaluate", "measure a model: loss, divergence from the float model, accuracy"),
-    "compare": Word("training.compare", "one table: float, control, rounding and QAT, with quality, size and speed"),
+    "compare": Word("training.compare", "measure float, control, rounding and QAT in one table"),
     "demo": Word("training.demo", "make the demo model once, and print where it lies"),
     "recipes": Word("training.recipes", "list the recipes, and what this machine can do with each"),
 }
@@ -41,6 +41,12 @@ From a GGUF file to a served model:
   qserve-train import model.gguf --out model-float
   qserve-train finalize model-float --out model-int4 --quantize int4-weight-only --group-size 32
   qserve serve model-int4
+
+Trained for the rounding, where rounding alone loses too much:
+
+  qserve-train prepare model-float --recipe int8-dynamic-act-int4-weight --run run
+  qserve-train train --run run --data text.txt --tokens 500000
+  qserve-train finalize run --out model-qat
 
 `qserve-train WORD --help` tells more about each word.
 """

@@ -28,9 +28,7 @@ class Masks:
     """The rules of a step's rows. To make it is work of the CPU alone, done while an accelerator still computes."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
-        constraints = [(row, each.constraint) for row, each in enumerate(requests) if each.constraint is not None]
-        self._grammar_rows = [row for row, _ in constraints]
-        self._grammar_bits = [constraint.allowed() for _, constraint in constraints]
+        self._bits = [None if each.constraint is None else each.constraint.allowed() for each in requests]
         self._lists = [
             (row, list(each.params.allowed_token_ids))
             for row, each in enumerate(requests)
@@ -38,28 +36,29 @@ class Masks:
         ]
         self._banned = [(row, token) for row, each in enumerate(requests) for token in find_banned_ids(each)]
 
-    def apply(self, logits: Tensor) -> None:
-        """Changes logits in place: (requests, vocabulary)."""
-        for row, biases in zip(self._grammar_rows, self._grammar_biases(logits), strict=True):
-            logits[row] += biases
+    def apply(self, logits: Tensor) -> Tensor:
+        """A copy with minus infinity where a token is forbidden: (requests, vocabulary)."""
+        masked = logits.clone() if self._bits.count(None) == len(self._bits) else logits + self._grammar_biases(logits)
         for row, token_ids in self._lists:
-            biases = torch.full_like(logits[row], -math.inf)
-            logits[row] += biases.index_fill_(0, torch.tensor(token_ids, device=logits.device), 0.0)
-        banned = [place for place in self._banned if place[1] < logits.shape[-1]]
+            biases = torch.full_like(masked[row], -math.inf)
+            masked[row] += biases.index_fill_(0, torch.tensor(token_ids, device=masked.device), 0.0)
+        banned = [place for place in self._banned if place[1] < masked.shape[-1]]
         if banned:
-            rows, tokens = torch.tensor(banned, device=logits.device).unbind(dim=1)
-            logits[rows, tokens] = -math.inf
+            rows, tokens = torch.tensor(banned, device=masked.device).unbind(dim=1)
+            masked[rows, tokens] = -math.inf
+        return masked
 
     def _grammar_biases(self, logits: Tensor) -> Tensor:
-        """0 where a grammar allows a token, minus infinity elsewhere: (constrained rows, vocabulary).
+        """0 where a grammar allows a token and in rows without one, minus infinity elsewhere: (requests, vocabulary).
 
-        Eight at once from a table: 0.2 ms for 16 rows of 49,152, where masked_fill takes 4.
+        Eight at once from a table, and all rows in one go: for 16 rows of 49,152 on one core 0.3 ms, beside an addition
+        that costs no more than the copy; masked_fill takes 4 ms.
         """
-        if not self._grammar_rows:
-            return logits.new_empty(0)
-        values = torch.frombuffer(bytearray(b"".join(self._grammar_bits)), dtype=torch.uint8).to(logits.device)
-        biases = _bias_table(logits).index_select(0, values.int()).view(len(self._grammar_rows), -1)
-        return biases[:, : logits.shape[-1]]
+        num_bytes = -(-logits.shape[-1] // 8)
+        free = b"\xff" * num_bytes
+        values = torch.frombuffer(bytearray(b"".join(bits or free for bits in self._bits)), dtype=torch.uint8)
+        biases = _bias_table(logits).index_select(0, values.to(logits.device).int())
+        return biases.view(len(self._bits), -1)[:, : logits.shape[-1]]
 
 
 def find_banned_ids(request: Request) -> set[int]:

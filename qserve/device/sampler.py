@@ -1,6 +1,6 @@
 """From logits to the next token of each row, and the log-probabilities that were asked for.
 
-The order: repetition penalty on the raw logits, then presence and frequency, bias, masks; temperature; top-k, top-p (of
+The order: masks; repetition penalty on the raw logits, then presence and frequency, bias; temperature; top-k, top-p (of
 what top-k left), min-p; typical-p (of what they all left). Log-probabilities are those of the raw distribution. The
 draw is one number in [0, 1) for each row, made from the request's seed and the position alone, and put through the
 row's own cumulative distribution, so a row's token does not depend on the rows beside it.
@@ -58,13 +58,11 @@ def uniform(source: str, position: int) -> float:
 
 
 def adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Penalties, bias and masks; a copy is changed, (requests, vocabulary)."""
-    masks = Masks(requests)
-    logits = logits.clone()
+    """A copy with masks, penalties and bias: (requests, vocabulary). What is forbidden stays so under all of them."""
+    logits = Masks(requests).apply(logits)
     _penalize_repetition(logits, requests)
     _penalize_presence(logits, requests)
     _add_biases(logits, requests)
-    masks.apply(logits)
     return logits
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from qserve.device.masks import find_banned_ids
 from qserve.device.runner import ModelRunner
 from qserve.device.sampler import Sampler, adjust
 from qserve.engine.request import Chunk, Request, SamplingParams
@@ -103,13 +102,6 @@ def test_what_is_chosen_is_allowed_and_depends_on_no_other_row(temperature: floa
 def test_a_bias_does_not_lift_what_is_forbidden() -> None:
     request = _request(constraint=Bits(4), logit_bias={5: 100.0, 4: -100.0}, temperature=0.0)
     assert Sampler().sample(_logits(1), [request]) == [4]
-
-
-def test_bits_for_fewer_tokens_than_there_are_rows_of_logits() -> None:
-    assert find_banned_ids(_request(bad_words=((1, 2),))) == set()
-    request = _request(constraint=Bits(4, 39, size=VOCABULARY))
-    wide = torch.zeros(1, VOCABULARY - 4)
-    assert _forbidden(wide[0], adjust(wide, [request])[0]) == set(range(VOCABULARY - 4)) - {4}
 
 
 @pytest.fixture(scope="module")

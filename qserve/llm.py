@@ -7,8 +7,8 @@ makes one). Every generation, streamed or not, is a `Generation`, and leaving it
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
@@ -128,11 +128,8 @@ class LLM:
             uuid.uuid4().hex, list(prompt.ids), sampling, priority=options.priority, constraint=constraint
         )
         assembler = TextAssembler(self.tokenizer, prompt, options)
-        try:
+        with self._counting_rejections():
             events = self.loop.submit(request)
-        except QueueFull as error:
-            self.metrics.observe_rejection(error.reason)
-            raise
         return Generation(self, request, assembler, events, deadline=deadline)
 
     def compile(self, source: GrammarSource) -> Grammar:
@@ -144,6 +141,19 @@ class LLM:
         texts = [space + word.lstrip() for word in words for space in ("", " ")]
         runs = [tuple(self.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         return tuple(dict.fromkeys(run for run in runs if run))
+
+    def check_room(self) -> None:
+        """Raises QueueFull if nothing more is taken, so that nobody prepares a request in vain."""
+        with self._counting_rejections():
+            self.loop.check_room()
+
+    @contextmanager
+    def _counting_rejections(self) -> Iterator[None]:
+        try:
+            yield
+        except QueueFull as error:
+            self.metrics.observe_rejection(error.reason)
+            raise
 
     def check_vocabulary(self, ids: Iterable[int], *, param: str) -> None:
         """Raises for an id that the model does not have, naming the field it came in."""

@@ -20,7 +20,9 @@ async def chat_completions(request: Request) -> Response:
     service: Service = request.app.state.service
     wanted, unknown = parse(ChatRequest, await request.body())
     check_limits(wanted, request.app.state.limits)
-    plan = await asyncio.to_thread(_plan, service.find(wanted.model), wanted)
+    llm = service.find(wanted.model)
+    llm.check_room()
+    plan = await asyncio.to_thread(_plan, llm, wanted)
     return await answer(request, plan, unknown_fields=unknown)
 
 

@@ -19,8 +19,10 @@ async def completions(request: Request) -> Response:
     service: Service = request.app.state.service
     wanted, unknown = parse(CompletionRequest, await request.body())
     check_limits(wanted, request.app.state.limits)
+    llm = service.find(wanted.model)
+    llm.check_room()
     # In a thread: a long prompt takes long to encode, and streams must not stand still for it.
-    plan = await asyncio.to_thread(_plan, service.find(wanted.model), wanted)
+    plan = await asyncio.to_thread(_plan, llm, wanted)
     return await answer(request, plan, unknown_fields=unknown)
 
 

@@ -131,11 +131,20 @@ class EngineLoop:
         mailbox = _Mailbox(request, asyncio.get_running_loop())
         with self._changed:
             self._check_open()
-            self._check_room(request)
+            self.check_room()
+            self._check_room_for_tokens(request)
             assert request.id not in self._mailboxes, f"two live requests are named {request.id}"
             self._mailboxes[request.id] = mailbox
         self._inbox.put(request)
         return EventStream(mailbox, abort=self.abort)
+
+    def check_room(self) -> None:
+        """Raise QueueFull if not even one more request is taken; any thread may ask, before it prepares a request."""
+        config = self._engine.scheduler.config
+        max_requests = config.max_running + config.max_queued
+        if len(self._mailboxes) >= max_requests:
+            message = f"{max_requests} requests are unfinished, as many as are taken: try again later"
+            raise QueueFull(message, reason="requests")
 
     def abort(self, request_id: str) -> None:
         """End a request before the next step; its stream, if anyone reads it, ends with ABORT. Any thread may call."""
@@ -149,12 +158,8 @@ class EngineLoop:
                 "the server is about to end and takes no new requests: send it elsewhere, or try again later"
             )
 
-    def _check_room(self, request: Request) -> None:
+    def _check_room_for_tokens(self, request: Request) -> None:
         config = self._engine.scheduler.config
-        max_requests = config.max_running + config.max_queued
-        if len(self._mailboxes) >= max_requests:
-            message = f"{max_requests} requests are unfinished, as many as are taken: try again later"
-            raise QueueFull(message, reason="requests")
         num_tokens = sum(mailbox.num_prompt_tokens for mailbox in self._mailboxes.values())
         if num_tokens and num_tokens + request.num_prompt_tokens > config.max_queued_tokens:
             raise QueueFull(

@@ -87,11 +87,12 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[fl
 
 def logprobs_of(logits: Tensor, token_ids: Tensor, *, num_top: int) -> list[tuple[TokenLogprob, ...]]:
     """For each row of logits the token that is given, then the `num_top` most likely."""
-    normalizers = torch.logsumexp(logits, dim=-1, keepdim=True)
-    chosen = logits.gather(1, token_ids.unsqueeze(1))  # (rows, 1)
-    ranks = (logits > chosen).sum(dim=-1) + 1
-    top_values, top_ids = logits.topk(min(num_top, logits.shape[-1]), dim=-1)
-    columns = (token_ids, (chosen - normalizers).squeeze(1), ranks, top_ids, top_values - normalizers)
+    # Not logsumexp: it sums a lone row by several threads, and so rounds it otherwise than among other rows.
+    logprobs = torch.log_softmax(logits, dim=-1)
+    chosen = token_ids.unsqueeze(1)  # (rows, 1)
+    ranks = (logits > logits.gather(1, chosen)).sum(dim=-1) + 1
+    top_ids = logits.topk(min(num_top, logits.shape[-1]), dim=-1).indices
+    columns = (token_ids, logprobs.gather(1, chosen).squeeze(1), ranks, top_ids, logprobs.gather(1, top_ids))
     rows = zip(*(column.tolist() for column in columns), strict=True)
     return [
         (
@@ -109,7 +110,7 @@ def logprobs_at(logits: Tensor, token_ids: Sequence[int]) -> tuple[TokenLogprob,
     values = logits[list(token_ids)]
     num_not_above = torch.searchsorted(logits.sort().values, values, right=True)
     ranks = logits.shape[-1] - num_not_above + 1
-    logprobs = values - torch.logsumexp(logits, dim=-1)
+    logprobs = torch.log_softmax(logits, dim=-1)[list(token_ids)]
     return tuple(map(TokenLogprob, token_ids, logprobs.tolist(), ranks.tolist()))
 
 

@@ -204,3 +204,17 @@ def test_logprobs() -> None:
         values = torch.tensor([each.logprob for each in found[row]])
         torch.testing.assert_close(values, expected[row, [each.token_id for each in found[row]]])
     assert [len(row) for row in logprobs_of(logits, torch.tensor([0, 1]), num_top=0)] == [1, 1]
+
+
+def test_logprobs_of_a_row_are_the_same_alone_and_among_others() -> None:
+    """With a vocabulary so large that torch splits a single row between threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        logits = _logits(12, vocabulary=150_000)
+        tokens = torch.arange(12)
+        together = logprobs_of(logits, tokens, num_top=2)
+        alone = [logprobs_of(logits[row : row + 1], tokens[row : row + 1], num_top=2)[0] for row in range(12)]
+    finally:
+        torch.set_num_threads(threads)
+    assert together == alone

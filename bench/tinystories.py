@@ -2,10 +2,11 @@
 
     python -m bench.tinystories --text DIR --out DIR [--tokens 1500000] [--qat-tokens 300000] [--seeds 0 1 2]
 
-The text is TinyStories: train.txt and valid.txt in DIR, stories parted by <|endoftext|>. A tokenizer of 2000 words is made
-of it, a model of 4.4 million parameters (width 256, feed-forward 768, 4 layers, 2 heads, untied) is trained in float
-and kept in bfloat16; then `qserve-train compare` for the default recipe, and for int4-weight-only with the head as the
-body, which is the smallest file. Each step is a word of qserve-train; the same command goes on where it was stopped.
+The text is TinyStories: train.txt and valid.txt in DIR, stories parted by <|endoftext|>. A tokenizer of 2000 words is
+made of it, a model of 4.4 million parameters (width 256, feed-forward 768, 4 layers, 2 heads, untied) is trained in
+float and kept in bfloat16; then `qserve-train compare` for the default recipe, and for int4-weight-only with the head
+as the body, which is the smallest file. Each step is a word of qserve-train; the same command goes on where it was
+stopped.
 """
 
 import argparse

@@ -21,6 +21,7 @@ from qserve.checkpoint.detect import detect
 from qserve.checkpoint.hub import resolve
 from qserve.checkpoint.load import Weights, open_weights
 from qserve.checkpoint.save import read_provenance
+from qserve.kernels.arena import Arena
 from qserve.kernels.build import KernelsUnavailable, choose_variant, find_compiler
 from qserve.kernels.native import pack_linear
 from qserve.kernels.reference import ReferenceOps
@@ -188,7 +189,7 @@ def _kernel(weights: Weights, name: str) -> tuple[str, ActivationQuantization]:
         find_compiler()
     except KernelsUnavailable:
         return ReferenceOps(device=torch.device("cpu")).pack([weight], biases=[None]).kernel, activation
-    return pack_linear([weight], biases=[None], variant=choose_variant()).kernel, activation
+    return pack_linear([weight], biases=[None], variant=choose_variant(), arena=Arena()).kernel, activation
 
 
 def print_tables(inspection: Inspection, console: Console) -> None:

@@ -82,12 +82,16 @@ def choose_variant(name: str | None = None) -> Variant:
 def read_cpu_flags() -> frozenset[str]:
     """What Linux says an x86 processor has; nothing elsewhere, where the portable kernels serve."""
     path = Path("/proc/cpuinfo")
-    if platform.machine() not in ("x86_64", "AMD64") or not path.exists():
+    if not _is_x86() or not path.exists():
         return frozenset()
     for line in path.read_text().splitlines():
         if line.startswith("flags"):
             return frozenset(line.partition(":")[2].split())
     return frozenset()
+
+
+def _is_x86() -> bool:
+    return platform.machine() in ("x86_64", "AMD64")
 
 
 def count_cores() -> int:
@@ -119,19 +123,29 @@ def load_library(
 def build_library(
     variant: Variant, *, cache: Path | None = None, compiler: str | None = None, progress: Progress | None = None
 ) -> Path:
-    """Path of the variant's library. Processes that want the same one at once wait for whoever came first."""
-    compiler = compiler or find_compiler()
+    """Path of the variant's library. Processes that want the same one at once wait for whoever came first.
+
+    A library that is there needs no compiler, so one machine may compile for another that has none.
+    """
     flags = (*COMMON_FLAGS, *variant.compiler_flags)
-    directory = (cache or cache_directory()) / _fingerprint(compiler, flags)
+    directory = (cache or cache_directory()) / _fingerprint(flags)
     library = directory / f"libqserve-{variant.name}.so"
     if library.exists():
         return library
+    compiler = compiler or find_compiler()
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             _compile(compiler, flags, library, progress or _print_progress)
     return library
+
+
+def build_all() -> None:
+    """Every variant of this kind of processor, whatever this one can run: for an image that others will run."""
+    for variant in VARIANTS:
+        if not variant.cpu_flags or _is_x86():
+            build_library(variant)
 
 
 def find_compiler() -> str:
@@ -148,15 +162,14 @@ def find_compiler() -> str:
 
 
 def cache_directory() -> Path:
-    """$QSERVE_KERNELS, or a directory in the user's cache."""
-    if named := os.environ.get("QSERVE_KERNELS"):
-        return Path(named)
+    """Under $QSERVE_CACHE, or a directory in the user's cache."""
+    if named := os.environ.get("QSERVE_CACHE"):
+        return Path(named) / "kernels"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qserve" / "kernels"
 
 
-def _fingerprint(compiler: str, flags: Sequence[str]) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    digest = hashlib.sha256("\0".join((version, *flags)).encode())
+def _fingerprint(flags: Sequence[str]) -> str:
+    digest = hashlib.sha256("\0".join(flags).encode())
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:20]
@@ -187,3 +200,7 @@ def _run(command: Sequence[str]) -> None:
 
 def _print_progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    build_all()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qserve.errors import UnsupportedWeight
+from qserve.kernels.arena import Arena
 from qserve.kernels.build import Progress, Variant, choose_variant, count_cores, load_library
 from qserve.kernels.linear import Linear, join_biases, join_weights
 from qserve.kernels.ops import Activation, AttentionSpec, Batch, CacheLayer, Norm, NormKind, Rotary
@@ -70,6 +71,7 @@ class NativeOps:
     def __init__(self, runner: Runner, variant: Variant) -> None:
         self._runner = runner
         self._variant = variant
+        self._arena = Arena()
         self._mirrors: dict[tuple[int, ...], tuple[Any, Structure]] = {}  # by identity of what they mirror, kept here
         self._step = StepStruct()
         self._batch: Batch | None = None
@@ -89,7 +91,7 @@ class NativeOps:
         self._runner.close()
 
     def pack(self, weights: Sequence[Weight], *, biases: Sequence[Tensor | None]) -> NativeLinear:
-        return pack_linear(weights, biases=biases, variant=self._variant)
+        return pack_linear(weights, biases=biases, variant=self._variant, arena=self._arena)
 
     def run_step(self, forward: Callable[[], Tensor], batch: Batch, cache: object) -> Tensor:
         """forward(), recorded the first time for so many tokens, replayed in one call whenever there are as many."""
@@ -263,11 +265,13 @@ def open_native(
     return NativeOps(Runner(library, num_threads=num_threads or count_cores()), chosen)
 
 
-def pack_linear(weights: Sequence[Weight], *, biases: Sequence[Tensor | None], variant: Variant) -> NativeLinear:
+def pack_linear(
+    weights: Sequence[Weight], *, biases: Sequence[Tensor | None], variant: Variant, arena: Arena
+) -> NativeLinear:
     bias = join_biases(weights, biases)
     joined = join_weights(weights)
     round_input = _choose_rounding(joined)
-    packed = tuple(pack_weight(weight, is_rounded=round_input is not None) for weight in joined)
+    packed = tuple(pack_weight(weight, is_rounded=round_input is not None).placed(arena.place) for weight in joined)
     columns = accumulate((weight.out_features for weight in packed), initial=0)
     structs = [weight.to_struct(column=column) for weight, column in zip(packed, columns, strict=False)]
     struct = LinearStruct(

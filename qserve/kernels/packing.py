@@ -17,7 +17,9 @@ one run of memory, group after group. Numbers keep their stored width: nothing i
 A group is padded at its end with codes that mean zero, a last tile with channels of them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,9 @@ KERNEL_ACTIVATIONS = {
     ActivationQuantization.INT8_SYMMETRIC: 2,
     ActivationQuantization.FLOAT8: 3,
 }
+
+
+_PARTS = ("codes", "scales", "zeros", "offsets", "fix", "pre_scale")  # a packed weight's tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +77,14 @@ class PackedWeight:
 
     @property
     def num_bytes(self) -> int:
-        parts = (self.codes, self.scales, self.zeros, self.offsets, self.fix, self.pre_scale)
+        parts = (getattr(self, name) for name in _PARTS)
         return sum(part.nbytes for part in parts if part is not None)
+
+    def placed(self, place: Callable[[Tensor], Tensor]) -> "PackedWeight":
+        """With every tensor where `place` puts it."""
+        parts = {name: getattr(self, name) for name in _PARTS}
+        placed: dict[str, Any] = {name: place(part) for name, part in parts.items() if part is not None}
+        return replace(self, **placed)
 
     def to_struct(self, *, column: int) -> WeightStruct:
         return WeightStruct(

@@ -71,3 +71,11 @@ def test_the_compiler_may_be_named(small_sources: Path, tmp_path: Path, monkeypa
     monkeypatch.setenv("CXX", str(wrapper))
     build_library(TINY, cache=tmp_path / "cache", progress=lambda line: None)
     assert (tmp_path / "calls").exists()
+
+
+def test_what_was_compiled_needs_no_compiler(
+    small_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = build_library(TINY, cache=tmp_path / "cache", progress=lambda line: None)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build_library(TINY, cache=tmp_path / "cache") == made

@@ -13,6 +13,11 @@ struct GroupScales {
 };
 
 QSERVE_INLINE GroupScales load_scales(const Weight& w, int64_t index) {
+  // Beside the codes, these are streams too thin for the processor to notice in time.
+  constexpr int64_t kAhead = 32 * kLanes;
+  const int64_t ahead = (index + kAhead) * kFloatBytes[w.scale_type];
+  __builtin_prefetch((const uint8_t*)w.scales + ahead);
+  if (w.offsets != nullptr) __builtin_prefetch((const uint8_t*)w.offsets + ahead);
   GroupScales group = {load_float(w.scale_type, w.scales, index), {}, w.offsets != nullptr};
   if (group.has_offset) group.offset = load_float(w.offset_type, w.offsets, index);
   return group;

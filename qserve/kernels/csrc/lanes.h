@@ -24,6 +24,7 @@ typedef uint8_t U8x16 __attribute__((vector_size(16)));
 typedef uint16_t U16x16 __attribute__((vector_size(32)));
 
 enum FloatType : int32_t { kBF16 = 0, kF16 = 1, kF32 = 2, kE4M3 = 3, kE5M2 = 4 };
+constexpr int kFloatBytes[] = {2, 2, 4, 1, 1};
 
 template <class V>
 QSERVE_INLINE V load(const void* from) {

@@ -48,7 +48,7 @@ inline Pieces split_rows(int64_t count, int64_t row_bytes, int64_t multiple) {
 
 // Tiles for a task: enough bytes that taking one costs little, and enough tasks that no thread waits long for the last.
 inline Pieces split_tiles(const Weight& w, int64_t tile_bytes, const Team& team) {
-  constexpr int64_t kTaskBytes = 24 * 1024, kTasksPerThread = 16;
+  constexpr int64_t kTaskBytes = 64 * 1024, kTasksPerThread = 16;
   const int64_t tiles = w.tiles();
   const int64_t for_bytes = (kTaskBytes + tile_bytes - 1) / tile_bytes;
   const int64_t for_count = (tiles + team.size() * kTasksPerThread - 1) / (team.size() * kTasksPerThread);

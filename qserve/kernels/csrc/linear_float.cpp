@@ -89,13 +89,12 @@ void multiply_piece(const Weight& w, const Rows& rows, const Output& output, int
 using Kernel = void (*)(const Weight&, const Rows&, const Output&, int begin, int end);
 constexpr Kernel kKernels[] = {multiply_piece<kBF16>, multiply_piece<kF16>, multiply_piece<kF32>,
                                multiply_piece<kE4M3>, multiply_piece<kE5M2>};
-constexpr int kBytes[] = {2, 2, 4, 1, 1};
 
 }  // namespace
 
 void multiply_float(const Weight& w, const Rows& rows, const Output& output, Team& team) {
   if (rows.halves != nullptr) return multiply_bf16_tiles(w, rows, output, team);
-  const int64_t tile_bytes = (int64_t)w.padded_features() * kLanes * kBytes[w.value_type];
+  const int64_t tile_bytes = (int64_t)w.padded_features() * kLanes * kFloatBytes[w.value_type];
   Pieces pieces = split_tiles(w, tile_bytes, team);
   pieces.size = (pieces.size + 3) / 4 * 4;  // the kernels like four tiles
   team.run(pieces.count(), [&](int64_t piece) {

@@ -25,7 +25,7 @@ constexpr int kUnitBytes = Bits == 4 ? 64 : 128;  // of eight codes for 16 chann
 template <int Bits, int Count>
 QSERVE_INLINE void dot_group(const uint8_t* codes, int units, const int8_t* const* inputs, int64_t at, I32* sums) {
   constexpr bool kIsSplit = Count < 4;
-  constexpr int kAhead = 32 * kUnitBytes<Bits>;
+  constexpr int kAhead = 128 * kUnitBytes<Bits>;
   I32 others[Count] = {};
   for (int unit = 0; unit < units; ++unit, codes += kUnitBytes<Bits>, at += 8) {
     __builtin_prefetch(codes + kAhead);

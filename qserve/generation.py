@@ -30,9 +30,14 @@ class GenerationOptions:
     include_stop: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    shown_ids: frozenset[int] = frozenset()  # special tokens that are never skipped
     echo: bool = False
     priority: int = 0
     grammar: Grammar | None = None  # what the text must look like
+
+    def skipped_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """Tokens that are left out of the text."""
+        return tokenizer.special_ids - self.shown_ids if self.skip_special_tokens else frozenset()
 
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Every token that ends the generation: the caller's own, and the model's unless they are to be ignored."""
@@ -82,7 +87,7 @@ class TextAssembler:
         self._options = options
         self._stop_ids = options.stop_ids(tokenizer)
         self._prompt_ids = prompt.ids
-        self._detokenizer = make_detokenizer(tokenizer, prompt.ids, skip_special_tokens=options.skip_special_tokens)
+        self._detokenizer = make_detokenizer(tokenizer, prompt.ids, skipped=options.skipped_ids(tokenizer))
         self._stops = StopStrings(options.stop, include_in_output=options.include_stop)
         self._prompt_offsets: list[int] = []
         self._prompt_logprobs: list[tuple[TokenLogprob, ...]] = [()]  # nothing comes before the first token
@@ -178,7 +183,7 @@ class TextAssembler:
 
     def _echo(self, prompt: Prompt) -> str:
         """The prompt's text as it is sent back: what the caller wrote, or else the tokens' text."""
-        detokenizer = make_detokenizer(self._tokenizer, skip_special_tokens=self._options.skip_special_tokens)
+        detokenizer = make_detokenizer(self._tokenizer, skipped=self._options.skipped_ids(self._tokenizer))
         text = ""
         for token_id in prompt.ids:
             piece = detokenizer.feed(token_id)

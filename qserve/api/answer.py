@@ -19,6 +19,7 @@ from qserve.api.logprobs import LogprobWriter
 from qserve.api.protocol import GenerationRequest
 from qserve.api.reply import name_unknown_fields, unless_gone
 from qserve.api.stream import Envelope, EventStream, StreamForm, UsageCounter, write_frames
+from qserve.api.tools import ReplyForm, make_reply
 from qserve.generation import Deadline, GenerationOptions, Prompt, ScoredToken, TextDelta
 from qserve.llm import LLM, Generation, merge
 
@@ -36,6 +37,7 @@ class Plan:
     options: Sequence[GenerationOptions]  # one a prompt
     num_samples: int  # generations a prompt; the best `wanted.n` of them are returned
     logprobs: LogprobWriter | None
+    reply: ReplyForm | None = None  # how to read a chat's replies, where they are more than text
 
     def start(self, held: ExitStack, *, deadline: Deadline | None) -> list[Generation]:
         """A generation for every sample of every prompt, in the order of OpenAI's choice index."""
@@ -103,7 +105,7 @@ def _stream(plan: Plan, generations: Sequence[Generation]) -> AsyncIterator[byte
     asked = plan.wanted.stream_options
     form = StreamForm(
         envelope=plan.envelope(is_stream=True),
-        is_chat=plan.is_chat,
+        replies=[make_reply(plan.reply) for _ in generations] if plan.is_chat else None,
         write_logprobs=plan.write_logprobs,
         with_usage=asked is not None and asked.include_usage,
         with_running_usage=asked is not None and asked.include_usage and asked.continuous_usage_stats,
@@ -142,12 +144,15 @@ def _by_prompt(plan: Plan, collected: Sequence[_Collected]) -> Iterator[tuple[Pr
 def _write_choice(plan: Plan, index: int, prompt: Prompt, one: _Collected) -> dict[str, Any]:
     echoed = one.prompt_logprobs if plan.options[0].echo else []
     choice: dict[str, Any] = {"index": index}
+    finish_reason: str | None = one.last.finish_reason
     if plan.is_chat:
-        choice["message"] = {"role": "assistant", "content": one.text, "refusal": None}
+        replying = make_reply(plan.reply)
+        choice["message"] = replying.message(one.text)
+        finish_reason = replying.finish_reason(finish_reason)
     else:
         choice["text"] = one.text
     choice["logprobs"] = plan.write_logprobs(echoed + one.logprobs)
-    choice["finish_reason"] = one.last.finish_reason
+    choice["finish_reason"] = finish_reason
     choice["stop_reason"] = one.last.stop_reason
     if plan.wanted.prompt_logprobs is not None:
         writer = LogprobWriter(plan.llm.tokenizer, num_top=plan.wanted.prompt_logprobs, as_token_ids=False)

@@ -12,8 +12,10 @@ from qserve.api.limits import check_limits
 from qserve.api.logprobs import LogprobWriter
 from qserve.api.protocol import ChatMessage, ChatRequest, parse
 from qserve.api.service import Service
+from qserve.api.tools import find_reply_form
 from qserve.generation import Prompt
 from qserve.llm import LLM
+from qserve.text.tools import explain_tools
 
 
 async def chat_completions(request: Request) -> Response:
@@ -33,10 +35,17 @@ def render_messages(
     add_generation_prompt: bool | None,
     continue_final_message: bool,
     variables: Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]] | None,
 ) -> Prompt:
     """The prompt of a chat. By default the template opens an answer, unless the final message is to be continued."""
+    told: Sequence[Mapping[str, Any]] = [
+        {**message.model_dump(exclude_unset=True), "content": message.content} for message in messages
+    ]
+    if llm.template is not None and not llm.template.takes_tools:
+        told, tools = explain_tools(told, tools or ()), None
     return llm.apply_template(
-        [{**message.model_dump(exclude_unset=True), "content": message.content} for message in messages],
+        told,
+        tools=tools,
         add_generation_prompt=not continue_final_message if add_generation_prompt is None else add_generation_prompt,
         continue_final_message=continue_final_message,
         variables=variables,
@@ -50,13 +59,18 @@ def _plan(llm: LLM, wanted: ChatRequest) -> Plan:
         add_generation_prompt=wanted.add_generation_prompt,
         continue_final_message=wanted.continue_final_message,
         variables=wanted.chat_template_kwargs,
+        tools=wanted.offered,
     )
+    form = find_reply_form(llm, wanted, prompt, is_structured=wanted.is_structured)
     if wanted.truncate_prompt_tokens is not None:
         prompt = Prompt(ids=prompt.ids[-wanted.truncate_prompt_tokens :])
     num_top = (wanted.top_logprobs or 0) if wanted.logprobs else None
     sampling = wanted.sampling(
         max_tokens=llm.room_for(prompt, wanted.token_limit), logprobs=num_top, prompt_logprobs=wanted.prompt_logprobs
     )
+    special_ids = llm.tokenizer.special_token_ids
+    rules = wanted.compile_rules(llm, calls=form.call_source(wanted, special_ids) if form else None)
+    shown_ids = form.shown_ids(special_ids) if form else frozenset()
     writer = None
     if num_top is not None:
         writer = LogprobWriter(llm.tokenizer, num_top=num_top, as_token_ids=wanted.return_tokens_as_token_ids)
@@ -65,7 +79,8 @@ def _plan(llm: LLM, wanted: ChatRequest) -> Plan:
         wanted=wanted,
         is_chat=True,
         prompts=[prompt],
-        options=[wanted.options(sampling, wanted.compile_rules(llm))],
+        options=[wanted.options(sampling, rules, shown_ids=shown_ids)],
         num_samples=wanted.n,
         logprobs=writer,
+        reply=form,
     )

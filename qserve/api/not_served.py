@@ -37,8 +37,6 @@ NOT_SERVED_IN_CHAT: dict[str, Neutral] = {
     "prediction": (),
     "reasoning_effort": (),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -46,7 +44,6 @@ NOT_SERVED_IN_CHAT: dict[str, Neutral] = {
 BOOKKEEPING = frozenset(
     {
         "metadata",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",

@@ -17,6 +17,7 @@ from qserve.api.not_served import (
     refuse_what_is_not_served,
 )
 from qserve.api.structured import Rules, StructuredRequest
+from qserve.api.tools import Tool, ToolRequest
 from qserve.api.wire import Wire
 from qserve.engine.request import SamplingParams
 from qserve.errors import InvalidRequest
@@ -129,13 +130,21 @@ class GenerationRequest(StructuredRequest):
             prompt_logprobs=prompt_logprobs,
         )
 
-    def options(self, sampling: SamplingParams, rules: Rules, *, echo: bool = False) -> GenerationOptions:
+    def options(
+        self,
+        sampling: SamplingParams,
+        rules: Rules,
+        *,
+        echo: bool = False,
+        shown_ids: frozenset[int] = frozenset(),
+    ) -> GenerationOptions:
         return GenerationOptions(
             sampling=replace(sampling, bad_words=rules.bad_words),
             stop=tuple(self.stop),
             include_stop=self.include_stop_str_in_output,
             ignore_eos=self.ignore_eos,
             skip_special_tokens=self.skip_special_tokens,
+            shown_ids=shown_ids,
             echo=echo,
             priority=self.priority,
             grammar=rules.grammar,
@@ -177,16 +186,40 @@ def _join_parts(value: Any) -> Any:
     return "\n".join(part.text for part in parts)
 
 
+def _read_arguments(value: Any) -> Any:
+    """Templates want the arguments of earlier calls as objects; OpenAI's clients send them as text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return from_json(value, allow_inf_nan=False)
+    except ValueError:
+        return value  # a call that was cut short
+
+
+class _CalledFunction(Wire):
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    name: str
+    arguments: Annotated[Any, BeforeValidator(_read_arguments)] = None
+
+
+class _ToolCall(Wire):
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    function: _CalledFunction
+
+
 class ChatMessage(Wire):
-    """A message; the template sees its other fields too (`name`, `tool_calls`, `tool_call_id`, ...)."""
+    """A message; the template sees its other fields too (`name`, `tool_call_id`, ...)."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
     role: str = Field(min_length=1, max_length=100)
     content: Annotated[str | None, BeforeValidator(_join_parts)] = None
+    tool_calls: list[_ToolCall] | None = None
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(ToolRequest, GenerationRequest):
     not_served = NOT_SERVED_IN_CHAT
 
     messages: list[ChatMessage] = Field(min_length=1)
@@ -221,6 +254,7 @@ class TokenizeRequest(Wire):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = Field({})
+    tools: list[Tool] = Field([])
     return_token_strs: bool = False
 
     @model_validator(mode="after")

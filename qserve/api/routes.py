@@ -11,6 +11,7 @@ from qserve import __version__
 from qserve.api.chat import render_messages
 from qserve.api.protocol import DetokenizeRequest, TokenizeRequest, parse
 from qserve.api.service import Service
+from qserve.api.tools import as_sent
 from qserve.errors import EngineDead
 from qserve.llm import LLM
 from qserve.metrics import CONTENT_TYPE
@@ -96,6 +97,7 @@ def _encode(llm: LLM, wanted: TokenizeRequest) -> Sequence[int]:
         add_generation_prompt=wanted.add_generation_prompt,
         continue_final_message=wanted.continue_final_message,
         variables=wanted.chat_template_kwargs,
+        tools=as_sent(wanted.tools),
     )
     return prompt.ids
 

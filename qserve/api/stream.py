@@ -13,6 +13,7 @@ from sse_starlette import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
 from qserve.api.errors import error_frame
+from qserve.api.tools import Reply
 from qserve.errors import QserveError
 from qserve.generation import ScoredToken, TextDelta
 from qserve.llm import Generation, merge
@@ -73,7 +74,7 @@ class StreamForm:
     """How one answer is streamed: completions or chat, and what each frame tells."""
 
     envelope: Envelope
-    is_chat: bool
+    replies: Sequence[Reply] | None  # of a chat, one a choice
     write_logprobs: Callable[[Sequence[ScoredToken]], object]  # None where none were asked for
     with_usage: bool
     with_running_usage: bool
@@ -89,7 +90,8 @@ async def write_frames(
         async with aclosing(merge(generations)) as deltas:
             async for index, delta in deltas:
                 usage.take(index, delta)
-                yield writer.choice(index, delta, usage)
+                if frame := writer.choice(index, delta, usage):
+                    yield frame
         if form.with_usage:
             yield writer.usage(usage)
     except QserveError as error:
@@ -106,13 +108,17 @@ class _FrameWriter:
         self._is_first = [True] * num_choices
 
     def choice(self, index: int, delta: TextDelta, usage: UsageCounter) -> bytes:
+        """The frame of a delta; empty where it brings nothing that the client could be told yet."""
         form = self._form
         # An echoed prompt is scored with the first text.
         logprobs = to_json(form.write_logprobs(delta.prompt_logprobs + delta.logprobs))
-        finish = "null" if delta.finish_reason is None else f'"{delta.finish_reason}"'
-        text = self._chat_text(index, delta) if form.is_chat else f'"text":{to_json(delta.text)}'
-        parts = [self._head, f'{{"index":{index},', text, f',"logprobs":{logprobs},"finish_reason":{finish}']
-        if delta.finish_reason is not None:
+        finish_reason, text = self._text(index, delta)
+        is_empty = not text and finish_reason is None and logprobs == "null"
+        if is_empty and not (form.with_token_ids or form.with_running_usage):
+            return b""
+        parts = [self._head, f'{{"index":{index},', text or '"delta":{}', f',"logprobs":{logprobs},"finish_reason":']
+        parts.append("null" if finish_reason is None else f'"{finish_reason}"')
+        if finish_reason is not None:
             parts.append(f',"stop_reason":{to_json(delta.stop_reason)}')
         if form.with_token_ids:
             parts.append(f',"token_ids":{to_json(delta.token_ids)}')
@@ -122,15 +128,21 @@ class _FrameWriter:
         elif form.with_usage:
             parts.append(',"usage":null')
         parts.append("}\n\n")
-        self._is_first[index] = False
         return "".join(parts).encode()
 
     def usage(self, usage: UsageCounter) -> bytes:
         """The last frame before the end: no choices, only what was used."""
         return f'{self._head}],"usage":{to_json(usage.report())}}}\n\n'.encode()
 
-    def _chat_text(self, index: int, delta: TextDelta) -> str:
-        """The role comes once, with the first text; an end without text is an empty delta."""
-        if self._is_first[index]:
-            return f'"delta":{{"role":"assistant","content":{to_json(delta.text)}}}'
-        return f'"delta":{{"content":{to_json(delta.text)}}}' if delta.text else '"delta":{}'
+    def _text(self, index: int, delta: TextDelta) -> tuple[str | None, str]:
+        """The finish reason, and what the choice says; the latter is empty for a chat that says nothing new."""
+        if self._form.replies is None:
+            return delta.finish_reason, f'"text":{to_json(delta.text)}'
+        reply = self._form.replies[index]
+        said = reply.delta(delta.text, is_end=delta.finish_reason is not None)
+        finish_reason = reply.finish_reason(delta.finish_reason)
+        if self._is_first[index] and (said or finish_reason is not None):
+            # The role comes once, with the first text.
+            self._is_first[index] = False
+            said = {"role": "assistant", "content": None if "tool_calls" in said else "", **said}
+        return finish_reason, f'"delta":{to_json(said)}' if said else ""

@@ -165,16 +165,28 @@ class StructuredRequest(Wire):
     guided_whitespace_pattern: str | None = None
     bad_words: Annotated[list[str], BeforeValidator(_check_bad_words)] = Field([])
 
-    def compile_rules(self, llm: LLM) -> Rules:
-        """Raises InvalidRequest for what cannot be followed. May take a second: not for an event loop's thread."""
-        source = self.grammar_source(llm.tokenizer.special_token_ids)
+    def compile_rules(self, llm: LLM, *, calls: GrammarSource | None = None) -> Rules:
+        """With a grammar for calls, if there must be some. May take a second: not for an event loop's thread.
+
+        Raises InvalidRequest for what cannot be followed.
+        """
+        source = self.grammar_source(llm.tokenizer.special_token_ids, calls=calls)
         return Rules(
             grammar=None if source is None else llm.compile(source), bad_words=llm.encode_words(self.bad_words)
         )
 
-    def grammar_source(self, special_ids: Mapping[str, int]) -> GrammarSource | None:
+    @property
+    def is_structured(self) -> bool:
+        """Whether the text must look like something."""
+        has_format = self.response_format is not None and self.response_format.type != "text"
+        others = (self.structured_outputs, self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar)
+        return has_format or any(other is not None for other in others)
+
+    def grammar_source(
+        self, special_ids: Mapping[str, int], *, calls: GrammarSource | None = None
+    ) -> GrammarSource | None:
         """What the text must look like, if anything is asked for; `special_ids` are the tokenizer's special tokens."""
-        sources = list(self._sources(special_ids))
+        sources = [*self._sources(special_ids), *([calls] if calls else [])]
         if len(sources) > 1:
             names = " and ".join(source.param for source in sources)
             message = f"{names} both say what the text must look like: send one of them."

@@ -25,11 +25,14 @@ class Detokenizer(Protocol):
 
 
 def make_detokenizer(
-    tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
+    tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), *, skipped: frozenset[int] | None = None
 ) -> Detokenizer:
-    """A detokenizer for text that continues a prompt, so that the first word keeps the space before it."""
+    """A detokenizer for text that continues a prompt, so that the first word keeps the space before it.
+
+    The tokens that are skipped are by default all special ones.
+    """
     kind = _ByteDetokenizer if tokenizer.is_byte_level else _WindowDetokenizer
-    skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+    skipped = tokenizer.special_ids if skipped is None else skipped
     detokenizer: _ByteDetokenizer | _WindowDetokenizer = kind(tokenizer, skipped)
     detokenizer.continue_from(prompt_ids)
     return detokenizer

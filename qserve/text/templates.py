@@ -5,6 +5,7 @@ environment is the one that transformers gives templates, so that the same templ
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ from qserve.text.tokenizer import SpecialTokens
 
 Message = Mapping[str, Any]
 _LONGEST_QUOTE = 500
+_TOOLS = re.compile(r"\btools\b")
 # Written after the text to be continued, with a space behind it, and cut off with all that the template put there. When
 # the space is gone the template trims messages, and so it would have trimmed the text before the mark.
 _CONTINUE_HERE = "|continue-final-message|"
@@ -32,9 +34,15 @@ class ChatTemplate:
     def __init__(self, sources: Mapping[str, str], special: SpecialTokens) -> None:
         environment = _make_environment()
         self.source = sources["default"]
+        self.tool_source = sources.get("tool_use", self.source)  # the one that is used when there are tools
         self._templates = {name: _compile(environment, source) for name, source in sources.items()}
         roles = {"bos_token": special.bos, "eos_token": special.eos, "pad_token": special.pad}
         self._variables = {name: token for name, token in roles.items() if token is not None}
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether tools that are given to it stand in the prompt."""
+        return _TOOLS.search(self.tool_source) is not None
 
     def render(
         self,

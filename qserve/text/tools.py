@@ -172,6 +172,8 @@ class CallParser(PieceReader):
         if not is_end and any(marker.startswith(rest) for marker in (begin, end)):
             return False  # a part of a marker, or nothing at all
         rest = rest.lstrip(_PUNCTUATION)
+        if not rest and not is_end:
+            return False
         if not rest and self._passed is None:
             self._buffer = ""
             return False
@@ -260,19 +262,46 @@ def _as_call(text: str) -> tuple[str, str] | None:
 
 
 def call_grammar(
-    form: ToolFormat, schemas: Mapping[str, Mapping[str, Any]], *, is_single: bool, special_ids: Mapping[str, int]
+    form: ToolFormat,
+    schemas: Mapping[str, Mapping[str, Any]],
+    *,
+    is_single: bool,
+    special_ids: Mapping[str, int],
+    is_forced: bool = True,
+    thought_end: str | None = None,
 ) -> str:
-    """Lark for a text that is calls and nothing else, of these names and with arguments under these schemas."""
+    """Lark for a text that is calls and nothing else, of these names and with arguments under these schemas.
+
+    Where reasoning is open already, it may go on up to its end. A text that is not forced to be calls may be text, or
+    text and then calls where these have a marker; but what calls there are must be these.
+    """
     calls = [
         " ".join(
             [*_literal(form.head % name, special_ids), f"%json {_spaced(schema)}", *_literal(form.tail, special_ids)]
         )
         for name, schema in schemas.items()
     ]
-    opening = _literal(form.opening if form.is_bare else form.begin + form.opening, special_ids)
+    begin = [] if form.is_bare else _literal(form.begin, special_ids)
     more = "" if is_single else f"({' '.join([*_literal(form.between, special_ids), 'call'])})*"
-    start = " ".join([*opening, "call", more, *_literal(form.closing, special_ids)])
-    return f"start: {start}\ncall: {' | '.join(calls)}"
+    run = [*_literal(form.opening, special_ids), "call", more, *_literal(form.closing, special_ids)]
+    rules = [f"call: {' | '.join(calls)}", "ANY: /(.|\\n)*/"]
+    start = [*begin, *run]
+    if not is_forced and form.is_bare:
+        start = ["(", *run, r"| /[^\s{\[`](.|\n)*/ )"]
+    elif not is_forced:
+        rules.append(_up_to("text", form.begin, special_ids))
+        start = ["( ANY | text", *run, r"/\s*/ )"]
+    if thought_end is not None:
+        rules.append(_up_to("thought", thought_end, special_ids))
+        start = [r"thought /\s*/", *start]
+    return "\n".join([f"start: {' '.join(start)}", *rules])
+
+
+def _up_to(rule: str, marker: str, special_ids: Mapping[str, int]) -> str:
+    """A rule for any text and the marker that ends it, the first one that comes."""
+    if marker in special_ids:
+        return f"{rule}: ANY <[{special_ids[marker]}]>"
+    return f"{rule}[lazy]: ANY {json.dumps(marker)}"
 
 
 def _spaced(schema: Mapping[str, Any]) -> str:
@@ -290,12 +319,14 @@ def _literal(text: str, special_ids: Mapping[str, int]) -> list[str]:
 
 def explain_tools(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Messages for a template that knows no tools: they stand in the system message, calls and results in the text."""
+    plain = [_without_calls(message) for message in messages]
+    if not tools:
+        return plain
     functions = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
     text = (
         "You may call functions. To call one, answer with nothing but a JSON object that holds its name and its "
         f'arguments: {{"name": ..., "arguments": {{...}}}}. These are the functions:\n{functions}'
     )
-    plain = [_without_calls(message) for message in messages]
     if plain and plain[0]["role"] == "system":
         return [{**plain[0], "content": f"{plain[0]['content']}\n\n{text}"}, *plain[1:]]
     return [{"role": "system", "content": text}, *plain]

@@ -98,7 +98,7 @@ def test_by_default_an_answer_may_fill_the_context(client: httpx.Client) -> None
         ({"messages": [{"role": "user"}]}, "messages"),
         ({"messages": "hello"}, "messages"),
         ({"top_logprobs": 3}, "top_logprobs"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         ({"messages": [{"role": "user", "content": None}], "continue_final_message": True}, "continue_final_message"),

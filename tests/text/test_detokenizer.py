@@ -12,7 +12,7 @@ UNICODE = "naïve café — Grüße, 東京 👩‍👩‍👧‍👦 🇫🇷\u
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int], *, prompt: list[int] | None = None, skip: bool = True) -> list[str]:
-    detokenizer = make_detokenizer(tokenizer, prompt or [], skip_special_tokens=skip)
+    detokenizer = make_detokenizer(tokenizer, prompt or [], skipped=None if skip else frozenset())
     return [*(detokenizer.feed(token_id) for token_id in ids), detokenizer.finish()]
 
 

@@ -128,23 +128,57 @@ def test_a_template_shows_its_form() -> None:
     assert find_tool_format("messages").name == "json"
 
 
-@pytest.mark.parametrize("form", TOOL_FORMATS, ids=lambda form: form.name)
-@pytest.mark.parametrize("is_single", [True, False])
-def test_the_grammar_of_a_form_takes_what_its_parser_reads(form: Any, is_single: bool, byte_level: Tokenizer) -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-    lark = call_grammar(form, {"add": schema, "sub": schema}, is_single=is_single, special_ids={})
-    compiler = GrammarCompiler(byte_level, vocabulary_size=byte_level.vocabulary_size)
-    constraint = compiler.compile(from_grammar(lark, param="tools")).start(stop_ids=frozenset())
-    calls = [form.head % name + '{"a": 1}' + form.tail for name in ("add", "sub")[: 1 if is_single else 2]]
-    begin = "" if form.is_bare else form.begin
-    text = begin + form.opening + form.between.join(calls) + form.closing
-    for token_id in byte_level.encode(text):
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+def takes(lark: str, text: str, tokenizer: Tokenizer) -> bool:
+    """Whether a text can be written, whole, under a grammar."""
+    compiler = GrammarCompiler(tokenizer, vocabulary_size=tokenizer.vocabulary_size)
+    end = tokenizer.special_token_ids["<|im_end|>"]
+    constraint = compiler.compile(from_grammar(lark, param="tools")).start(stop_ids=frozenset({end}))
+    for token_id in [*tokenizer.encode(text), end]:
         place, bit = divmod(token_id, 8)
-        assert constraint.allowed()[place] >> bit & 1, (text, byte_level.token_text(token_id))
+        if constraint.is_finished or not constraint.allowed()[place] >> bit & 1:
+            return constraint.is_finished and token_id == end
         constraint.accept(token_id)
-    found = read(CallParser(form, names=frozenset({"add", "sub"})), text)
-    assert found["calls"] == [("add", {"a": 1}), ("sub", {"a": 1})][: len(calls)]
-    assert found["text"] == ""
+    return True
+
+
+@pytest.mark.parametrize("form", TOOL_FORMATS, ids=lambda form: form.name)
+class TestGrammar:
+    def written(self, form: Any, *names: str, argument: str = "1") -> str:
+        calls = [form.head % name + f'{{"a": {argument}}}' + form.tail for name in names]
+        begin = "" if form.is_bare else form.begin
+        text: str = begin + form.opening + form.between.join(calls) + form.closing
+        return text
+
+    def test_forced(self, form: Any, byte_level: Tokenizer) -> None:
+        schemas = {"add": SCHEMA, "sub": SCHEMA}
+        one, many = (call_grammar(form, schemas, is_single=single, special_ids={}) for single in (True, False))
+        single, double = self.written(form, "sub"), self.written(form, "add", "sub")
+        assert [takes(one, text, byte_level) for text in (single, double)] == [True, False]
+        assert [takes(many, text, byte_level) for text in (single, double)] == [True, True]
+        for text in ("Hello", self.written(form, "mul"), self.written(form, "add", argument='"x"')):
+            assert not takes(many, text, byte_level)
+        found = read(CallParser(form, names=frozenset(schemas)), double)
+        assert found == {"text": "", "reasoning": "", "calls": [("add", {"a": 1}), ("sub", {"a": 1})]}
+
+    def test_strict(self, form: Any, byte_level: Tokenizer) -> None:
+        lark = call_grammar(form, {"add": SCHEMA}, is_single=False, special_ids={}, is_forced=False)
+        good, bad = self.written(form, "add"), self.written(form, "add", argument='"x"')
+        assert [takes(lark, text, byte_level) for text in ("Hello { you", good, bad)] == [True, True, False]
+        if not form.is_bare:
+            assert [takes(lark, "So: " + text, byte_level) for text in (good, bad)] == [True, False]
+
+    def test_after_reasoning(self, form: Any, byte_level: Tokenizer) -> None:
+        lark = call_grammar(form, {"add": SCHEMA}, is_single=True, special_ids={}, thought_end="</think>")
+        assert takes(lark, "well {</think>\n" + self.written(form, "add"), byte_level)
+        assert not takes(lark, "well</think>\nno", byte_level)
+
+    def test_special_tokens_stand_as_their_ids(self, form: Any) -> None:
+        lark = call_grammar(form, {"add": SCHEMA}, is_single=True, special_ids={"[TOOL_CALLS]": 7, "[ARGS]": 8})
+        assert ("<[7]>" in lark) == form.name.startswith("mistral")
+        assert ("<[8]>" in lark) == (form.name == "mistral-args")
 
 
 THINK = ReasoningFormat(begin="<think>", end="</think>")

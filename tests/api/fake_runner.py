@@ -6,6 +6,7 @@ what the protocol needs to see: the seed, and the bias.
 
 import math
 import threading
+import time
 from zlib import crc32
 
 from qserve.engine.request import Chunk, Request, Sampled, TokenLogprob
@@ -20,12 +21,14 @@ class FakeRunner:
         self.gate.set()
         self.fault: Exception | None = None
         self.num_steps = 0
+        self.seconds = 0.0  # that a step takes
 
     def run(self, chunks: list[Chunk]) -> list[Sampled]:
         self.gate.wait()
         if self.fault is not None:
             raise self.fault
         self.num_steps += 1
+        time.sleep(self.seconds)
         return [self._sample(chunk) for chunk in chunks]
 
     def _sample(self, chunk: Chunk) -> Sampled:

@@ -21,6 +21,7 @@ from qserve.quant.tensors import make_tensor
 from qserve.quant.weight import ActivationQuantization, QuantizedWeight
 from training.qat.activations import ActivationRounder
 from training.qat.grids import Grid, Rounded, choose_ranges, grid_of, round_weight
+from training.qat.sharding import own_rows
 from training.qat.switch import Switch
 
 _CHECKED_ROWS = 16  # enough for every format: float8 wants a multiple of 16
@@ -54,10 +55,10 @@ class Ranges(nn.Module):
 
     @torch.no_grad()
     def begin_at(self, weight: Tensor) -> None:
-        scales, offsets = choose_ranges(weight.to(self.dtype), self.grid)
-        self.log_scales.copy_(scales.float().log())
+        scales, offsets = choose_ranges(own_rows(weight).to(self.dtype), self.grid)
+        own_rows(self.log_scales).copy_(scales.float().log())
         if self.offsets is not None and offsets is not None:
-            self.offsets.copy_(offsets.float())
+            own_rows(self.offsets).copy_(offsets.float())
 
     @property
     def scales(self) -> Tensor:

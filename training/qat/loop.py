@@ -18,6 +18,7 @@ from qserve.errors import UsageError
 from training.config import TrainOptions
 from training.qat.loss import losses
 from training.qat.model import Trainee
+from training.qat.sharding import shard
 from training.scores import score
 
 _MOMENTS = (0.9, 0.95)
@@ -35,6 +36,7 @@ class Training:
         teacher: Any | None,  # a float model, or None: the trainee itself with rounding suspended
         kl_share: float,
         accelerator: Accelerator,
+        is_sharded: bool = False,  # each process keeps a part of the model, instead of all of it
     ) -> None:
         self.trainee = trainee
         self.options = options
@@ -46,11 +48,16 @@ class Training:
         self.num_steps = num_steps(options, num_windows=len(windows))
         self.start_step = math.ceil(options.start * self.num_steps) if trainee.rounders else self.num_steps
         self._is_checked = False
-        optimizer = torch.optim.AdamW(_groups(trainee, options), betas=_MOMENTS, fused=True)
-        self.model, self.optimizer = accelerator.prepare(trainee.model, optimizer)
+        if is_sharded:
+            for model in (trainee.model, teacher):
+                if model is not None:
+                    shard(model, device=accelerator.device.type, num_processes=accelerator.num_processes)
+        optimizer: Any = torch.optim.AdamW(_groups(trainee, options), betas=_MOMENTS, fused=True)
+        prepared = (trainee.model, optimizer) if is_sharded else accelerator.prepare(trainee.model, optimizer)
+        self.model, self.optimizer = prepared
         self.model.train()
         for rounder in trainee.rounders.values():
-            rounder.keeps_values = accelerator.distributed_type != "FSDP"  # what is gathered anew has no version
+            rounder.keeps_values = not is_sharded  # all weights' values together would be the whole model again
 
     @property
     def is_done(self) -> bool:

@@ -40,6 +40,7 @@ examples:
   qserve-train train --run run                       # goes on
   qserve-train train --run run --data chat.jsonl --learn-ranges --learning-rate 3e-5
   torchrun --nproc-per-node 2 -m training.cli train --run-dir run --data stories.txt
+  torchrun --nproc-per-node 8 -m training.cli train --run-dir run --shard
 """
 
 
@@ -58,16 +59,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help=".txt, .json or .jsonl (text, or messages with role and content), or a dataset saved by `datasets`",
     )
+    add("--shard", action="store_true", help="over several processes: each keeps a part of the model (FSDP2)")
     add_options(parser, TrainOptions)
 
 
 def run(options: argparse.Namespace) -> None:
-    given = given_options(argparse.Namespace(**{**vars(options), "run": None}), TrainOptions)
-    if not train(options.run, data=options.data, given=given, console=Console()):
+    given = given_options(options, TrainOptions)
+    if not train(options.run, data=options.data, given=given, is_sharded=options.shard, console=Console()):
         raise SystemExit(STOPPED)
 
 
-def train(path: Path, *, data: Sequence[Path], given: Json, console: Console) -> bool:
+def train(path: Path, *, data: Sequence[Path], given: Json, console: Console, is_sharded: bool = False) -> bool:
     """Whether the run is finished; False where it was told to stop, with everything committed."""
     processes = PartialState(cpu=not torch.cuda.is_available())
     if processes.is_main_process:
@@ -75,12 +77,12 @@ def train(path: Path, *, data: Sequence[Path], given: Json, console: Console) ->
         with work.locked():
             _describe(work, data=data, given=given, console=console)
             processes.wait_for_everyone()
-            return _train(work, console)
+            return _train(work, console, is_sharded=is_sharded)
     processes.wait_for_everyone()
-    return _train(open_run(path), Console(quiet=True))
+    return _train(open_run(path), Console(quiet=True), is_sharded=is_sharded)
 
 
-def _train(work: Run, console: Console) -> bool:
+def _train(work: Run, console: Console, *, is_sharded: bool) -> bool:
     options = TrainOptions(**work.manifest["training"]["options"])
     # Until rounding is switched on, learned ranges are not used.
     unused = DistributedDataParallelKwargs(find_unused_parameters=options.start > 0)
@@ -91,8 +93,8 @@ def _train(work: Run, console: Console) -> bool:
     if latest is not None and latest[0]["step"] >= num_steps(options, num_windows=len(pieces)):
         console.print(f"{work.path} is finished: qserve-train finalize {work.path} --out DIR", soft_wrap=True)
         return True
-    _check_processes(options, accelerator)
-    training = _make(work, options, pieces, accelerator)
+    _check_processes(options, accelerator, is_sharded=is_sharded)
+    training = _make(work, options, pieces, accelerator, is_sharded=is_sharded)
     if latest is not None:
         state, tensors = latest
         scatter(tensors, training.trainee.trainable(), training.optimizer)
@@ -132,7 +134,7 @@ def _measure(training: Training, held_out: Tensor) -> float:
     return training.measure(windows(held_out, length))
 
 
-def _make(work: Run, options: TrainOptions, pieces: Tensor, accelerator: Accelerator) -> Training:
+def _make(work: Run, options: TrainOptions, pieces: Tensor, accelerator: Accelerator, *, is_sharded: bool) -> Training:
     torch.manual_seed(options.seed)
     trainee = build(work, options)
     kl_share = {"kl": 1.0, "task": 0.0, "mixture": options.kl_share}[options.objective]
@@ -142,7 +144,15 @@ def _make(work: Run, options: TrainOptions, pieces: Tensor, accelerator: Acceler
         teacher.to(accelerator.device)
         if options.precision == "bf16":
             _narrow(teacher)
-    return Training(trainee, options, windows=pieces, teacher=teacher, kl_share=kl_share, accelerator=accelerator)
+    return Training(
+        trainee,
+        options,
+        windows=pieces,
+        teacher=teacher,
+        kl_share=kl_share,
+        accelerator=accelerator,
+        is_sharded=is_sharded,
+    )
 
 
 def _narrow(teacher: Any) -> None:
@@ -209,7 +219,9 @@ def _resolve(options: TrainOptions, *, is_float: bool) -> TrainOptions:
     return dataclasses.replace(options, objective=objective, precision=precision)
 
 
-def _check_processes(options: TrainOptions, accelerator: Accelerator) -> None:
+def _check_processes(options: TrainOptions, accelerator: Accelerator, *, is_sharded: bool) -> None:
+    if is_sharded and accelerator.num_processes == 1:
+        raise UsageError("--shard divides a model over processes, and this is one; start several with torchrun")
     if options.batch_size % accelerator.num_processes:
         raise UsageError(
             f"--batch-size {options.batch_size} cannot be shared out over {accelerator.num_processes} processes; "

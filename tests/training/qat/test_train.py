@@ -89,14 +89,17 @@ def test_sigterm_commits_and_has_its_own_status(source: Path, text: Path, tmp_pa
     assert 1 <= stopped[0]["step"] < 200
 
 
-def test_two_processes_train_as_one(source: Path, text: Path, tmp_path: Path) -> None:
-    changes = {"tokens": 64 * 20, "learning_rate": 1e-4, "log_every": 20}
-    one = trained(source, text, tmp_path / "one", **changes)
+@pytest.mark.parametrize("how", [[], ["--shard", "--learn-ranges"]], ids=["replicated", "sharded"])
+def test_two_processes_train_as_one(source: Path, text: Path, tmp_path: Path, how: list[str]) -> None:
+    changes = {"tokens": 64 * 20, "learning_rate": 1e-4, "range_learning_rate": 1e-4, "log_every": 20}
+    one = trained(source, text, tmp_path / "one", **changes, learn_ranges="--learn-ranges" in how)
     begin(source, tmp_path / "two")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617"]
     command = [*launch, "-m", "training.cli", "train", "--run-dir", str(tmp_path / "two"), "--data", str(text)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run([*command, *flags(**changes)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    ended = subprocess.run(
+        [*command, *how, *flags(**changes)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
     alone, together = one.latest(), open_run(tmp_path / "two").latest()
     assert alone is not None

@@ -29,7 +29,7 @@ from training.plot import draw
 from training.qat.model import source_of
 from training.qat.prepare import Prepare, prepare
 from training.qat.train import STOPPED, train
-from training.report import FLOAT, RTN, Row, aggregate, markdown
+from training.report import CONTROL, FLOAT, RTN, Row, aggregate, markdown
 from training.run import is_run, read_json, require_same, write_file
 from training.scores import score
 from training.served import Server, serving
@@ -46,7 +46,7 @@ examples:
   qserve-train compare model --data train.txt --eval-data valid.txt --out comparison --seeds 0 1 2 --learn-ranges
 """
 _GENERATED = 128  # tokens, to measure speed with
-CONTROL, CONTROL_RTN, QAT = "control", "control + rtn", "qat"
+CONTROL_RTN, QAT = "control + rtn", "qat"
 # What concerns rounding, and not the control.
 _OF_QAT = (
     "objective",

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-FLOAT, RTN = "float", "rtn"
+FLOAT, CONTROL, RTN = "float", "control", "rtn"
 _COLUMNS = (
     "method",
     "loss",
@@ -93,7 +93,7 @@ def _share(number: Number | None) -> str:
 
 
 def _row(method: str, entries: Sequence[Mapping[str, Any]], base: Mapping[str, Any], rounded: Mapping[str, Any]) -> Row:
-    is_between = method not in (FLOAT, RTN)
+    is_between = method not in (FLOAT, CONTROL, RTN)
     gap = rounded["perplexity"] - base["perplexity"]
     speeds = [entry["tokens_per_second"] for entry in entries if "tokens_per_second" in entry]
     return Row(

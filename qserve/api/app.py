@@ -11,38 +11,20 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
-from qserve.api import routes
 from qserve.api.access_log import AccessLog
-from qserve.api.chat import chat_completions
-from qserve.api.completions import completions
+from qserve.api.endpoints import ENDPOINTS
 from qserve.api.errors import answer_http, answer_nobody, answer_ours, answer_unexpected
 from qserve.api.keys import ApiKey
-from qserve.api.measuring import embeddings, score
 from qserve.api.middleware import BodyLimit, RequestId
 from qserve.api.service import Service
 from qserve.config import AccessConfig, LimitsConfig
 from qserve.errors import QserveError
 
 _ROUTES = [
-    Route("/v1/completions", completions, methods=["POST"]),
-    Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-    Route("/v1/embeddings", embeddings, methods=["POST"]),
-    Route("/v1/score", score, methods=["POST"]),
-    Route("/v1/models", routes.list_models),
-    Route("/v1/models/{name:path}", routes.show_model),
-    *[
-        route
-        for prefix in ("", "/v1")
-        for route in (
-            Route(f"{prefix}/tokenize", routes.tokenize, methods=["POST"]),
-            Route(f"{prefix}/detokenize", routes.detokenize, methods=["POST"]),
-            Route(f"{prefix}/tokenizer_info", routes.tokenizer_info),
-        )
-    ],
-    Route("/health", routes.health),
-    Route("/ready", routes.ready),
-    Route("/metrics", routes.metrics),
-    Route("/version", routes.version),
+    # A model's name may have slashes in it.
+    Route(path.replace("{name}", "{name:path}"), endpoint.handler, methods=[endpoint.method])
+    for endpoint in ENDPOINTS
+    for path in (endpoint.path, *endpoint.also)
 ]
 
 

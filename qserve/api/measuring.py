@@ -9,15 +9,15 @@ import math
 from array import array
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from qserve.api.access_log import note_generations
 from qserve.api.limits import check_num_prompts, find_deadline
-from qserve.api.protocol import check_prompt, parse
+from qserve.api.protocol import Prompts, parse
 from qserve.api.reply import name_unknown_fields, unless_gone
 from qserve.api.service import Service
 from qserve.api.wire import Wire
@@ -32,7 +32,7 @@ _LOWEST_NORM = 1e-12
 
 class EmbeddingRequest(Wire):
     model: str | None = None
-    input: Annotated[list[str] | list[list[int]], BeforeValidator(check_prompt)]
+    input: Prompts
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1)
     pooling: Literal["mean", "last"] = "mean"
@@ -47,7 +47,7 @@ class ScoreRequest(Wire):
 
     model: str | None = None
     query: str | list[int] = ""
-    items: Annotated[list[str] | list[list[int]], BeforeValidator(check_prompt)]
+    items: Prompts
     label_token_ids: list[int] = Field(min_length=1, max_length=_MAX_LABELS)
     apply_softmax: bool = False
     item_first: bool = False

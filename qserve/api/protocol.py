@@ -5,7 +5,7 @@ vLLM has and that is not served here is refused, unless its value asks for nothi
 """
 
 from dataclasses import replace
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeAlias, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, from_json
@@ -29,7 +29,7 @@ _MAX_STOPS = 64
 _MAX_STOP_LENGTH = 1000
 
 
-def check_prompt(value: Any) -> Any:
+def _check_prompt(value: Any) -> Any:
     """OpenAI's four forms: a string, strings, token ids, lists of token ids; always returned as a list of prompts."""
     prompts = value if isinstance(value, list) and value and isinstance(value[0], str | list) else [value]
     if len(prompts) > _MAX_PROMPTS:
@@ -39,6 +39,12 @@ def check_prompt(value: Any) -> Any:
         if type(prompt) is not kind or not (isinstance(prompt, str) or _is_id_list(prompt)):
             raise ValueError("expected a string, a list of strings, a list of token ids, or a list of such lists")
     return prompts
+
+
+Prompts: TypeAlias = Annotated[
+    list[str] | list[list[int]],
+    BeforeValidator(_check_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
 
 
 def _is_id_list(value: Any) -> bool:
@@ -59,6 +65,9 @@ def _check_bias(value: Any) -> Any:
     if not isinstance(value, dict) or not all(key.isdecimal() and len(key) < 12 for key in value):
         raise ValueError("expected an object from token ids to numbers")
     return {int(key): bias for key, bias in value.items()}
+
+
+Bias: TypeAlias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class StreamOptions(Wire):
@@ -82,9 +91,11 @@ class GenerationRequest(StructuredRequest):
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, gt=0, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_check_bias)] = Field({})
+    logit_bias: Annotated[dict[int, Bias], BeforeValidator(_check_bias, json_schema_input_type=dict[str, Bias])] = (
+        Field({})
+    )
     allowed_token_ids: list[int] | None = Field(None, min_length=1)
-    stop: Annotated[list[str], BeforeValidator(_check_stop)] = Field([])
+    stop: Annotated[list[str], BeforeValidator(_check_stop, json_schema_input_type=str | list[str])] = Field([])
     stop_token_ids: list[int] = Field([])
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
@@ -154,7 +165,7 @@ class GenerationRequest(StructuredRequest):
 class CompletionRequest(GenerationRequest):
     not_served = NOT_SERVED_IN_COMPLETIONS
 
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(check_prompt)]
+    prompt: Prompts
     max_tokens: int = Field(16, ge=0)
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
@@ -215,7 +226,9 @@ class ChatMessage(Wire):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
     role: str = Field(min_length=1, max_length=100)
-    content: Annotated[str | None, BeforeValidator(_join_parts)] = None
+    content: Annotated[
+        str | None, BeforeValidator(_join_parts, json_schema_input_type=str | list[_TextPart] | None)
+    ] = None
     tool_calls: list[_ToolCall] | None = None
 
 

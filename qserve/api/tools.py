@@ -32,11 +32,22 @@ class _Function(Wire):
     strict: bool = False
 
 
+class _FunctionName(Wire):
+    name: str
+
+
 class Tool(Wire):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
     type: Literal["function"]
     function: _Function
+
+
+class NamedTool(Wire):
+    """A function that must be called."""
+
+    type: Literal["function"]
+    function: _FunctionName
 
 
 def _check_choice(value: Any) -> Any:
@@ -54,7 +65,10 @@ class ToolRequest(Wire):
     """The fields of a chat request that concern tools."""
 
     tools: list[Tool] = Field([], max_length=_MAX_TOOLS)
-    tool_choice: Annotated[str | dict[str, str] | None, BeforeValidator(_check_choice)] = None
+    tool_choice: Annotated[
+        str | dict[str, str] | None,
+        BeforeValidator(_check_choice, json_schema_input_type=Literal["none", "auto", "required"] | NamedTool | None),
+    ] = None
     parallel_tool_calls: bool = True
     include_reasoning: bool = True
 

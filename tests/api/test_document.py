@@ -1,0 +1,90 @@
+"""What is said of the API is what is served."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from qserve.api.app import make_app
+from qserve.api.document import document
+from qserve.api.endpoints import ENDPOINTS
+from qserve.api.openapi import request_schemas
+from qserve.api.protocol import parse
+from qserve.api.service import Service
+from qserve.api.wire import Wire
+from qserve.errors import InvalidRequest
+
+FILE = Path(__file__).parent.parent.parent / "docs" / "api.md"
+MINIMAL: dict[str, dict[str, Any]] = {
+    "CompletionRequest": {"prompt": "x"},
+    "ChatRequest": {"messages": [{"role": "user", "content": "x"}]},
+    "EmbeddingRequest": {"input": "x"},
+    "ScoreRequest": {"items": "x", "label_token_ids": [1]},
+    "TokenizeRequest": {"prompt": "x"},
+    "DetokenizeRequest": {"tokens": []},
+}
+BODIES = [endpoint.operation.body for endpoint in ENDPOINTS if endpoint.operation.body is not None]
+
+
+def test_the_file_is_up_to_date() -> None:
+    assert FILE.read_text() == document(), "write it anew: python -m qserve.api.document > docs/api.md"
+
+
+def references(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield from ([value["$ref"]] if "$ref" in value else [])
+        for inner in value.values():
+            yield from references(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from references(inner)
+
+
+def test_the_openapi_document_has_every_route_and_lacks_no_schema(client: httpx.Client) -> None:
+    described = client.get("/openapi.json").json()
+    served = {
+        (route.path.replace(":path", ""), *sorted(route.methods - {"HEAD"})) for route in make_app(Service()).routes
+    }  # type: ignore[attr-defined]
+    assert {(path, *map(str.upper, item)) for path, item in described["paths"].items()} == served
+    assert set(references(described)) == {f"#/components/schemas/{name}" for name in described["components"]["schemas"]}
+
+
+def test_answers_have_the_fields_that_are_described(client: httpx.Client) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    for path, item in paths.items():
+        operation = item.get("get") or item["post"]
+        body = operation.get("requestBody")
+        if body is None:
+            response = client.get(path.replace("{name}", "tiny"))
+        else:
+            name = body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+            if name == "EmbeddingRequest":
+                continue  # the fake device has no hidden states
+            response = client.post(path, json=MINIMAL[name])
+        assert response.status_code == 200, response.text
+        content = operation["responses"]["200"]["content"]
+        media_type = response.headers["content-type"].partition(";")[0]
+        if "required" in content[media_type]["schema"]:
+            assert set(content[media_type]["schema"]["required"]) <= set(response.json())
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
+def test_every_field_takes_its_default_and_null(body: type[Wire]) -> None:
+    schema = request_schemas(body)[body.__name__]
+    minimal = MINIMAL[body.__name__]
+    assert set(schema.get("required", ())) <= set(minimal)
+    for name, field in schema["properties"].items():
+        values = [None, *([field["default"]] if "default" in field else []), *field.get("enum", ())]
+        for value in values if name not in minimal else ():
+            parse(body, json.dumps({**minimal, name: value}).encode())
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
+def test_what_is_not_served_is_refused(body: type[Wire]) -> None:
+    for name in body.not_served:
+        with pytest.raises(InvalidRequest) as refused:
+            parse(body, json.dumps({**MINIMAL[body.__name__], name: "something"}).encode())
+        assert refused.value.param == name

@@ -21,11 +21,12 @@ from qserve.checkpoint.hub import resolve
 from qserve.errors import UsageError
 from qserve.quant.recipe import HeadPolicy
 from qserve.quant.recipes import DEFAULT_RECIPE, RECIPES
-from training.config import TrainOptions, add_options, given_options
+from training.config import Finalize, TrainOptions, add_options, given_options
 from training.data import hashes, load_tokenizer, read_text, windows
 from training.evaluate import load_model_or_run
-from training.finalize import Finalize, finalize, finalize_run
+from training.finalize import finalize
 from training.plot import draw
+from training.qat.finalize import finalize_run
 from training.qat.model import source_of
 from training.qat.prepare import Prepare, prepare
 from training.qat.train import STOPPED, train

@@ -1,14 +1,22 @@
-"""The options of a training run, and the flags made from them.
+"""What the words are told: the options of a training run with the flags made from them, and what finalize makes.
 
-A flag that is not given is None: on the first `train` it takes its default, later what the run was begun with.
+A flag of training that is not given is None: on the first `train` it takes its default, later what the run began with.
 """
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
+
+from qserve.checkpoint.save import MAX_SHARD_BYTES
 from qserve.errors import UsageError
+from training.dressing import PLAIN, Dressing
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def _option(default: Any, text: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -87,3 +95,33 @@ def given_options(arguments: argparse.Namespace, config: type[Any]) -> dict[str,
 def _demand(holds: bool, name: str, found: object, expected: str) -> None:
     if not holds:
         raise UsageError(f"--{name.replace('_', '-')} is {found}; expected {expected}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finalize:
+    """What is to be made of what."""
+
+    source: str  # a directory, or ORG/NAME on the hub
+    out: Path
+    recipe: str | None = None  # None: the recipe of a run
+    step: int | None = None  # of a run: its last checkpoint
+    head: str | None = None  # None: as the recipe says
+    group_size: int | None = None
+    dtype: str | None = None  # None: as the source has it
+    format: str = "safetensors"
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    dressing: Dressing = PLAIN
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        return DTYPES[self.dtype] if self.dtype else None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What was asked for beyond the recipe, for the provenance."""
+        return {"head": self.head, "group_size": self.group_size, "dtype": self.dtype}
+
+
+def without_dtype(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without the older of its two names for the dtype."""
+    return {key: value for key, value in config.items() if key != "torch_dtype"}

@@ -120,7 +120,8 @@ def _import(model: DemoModel, out: Path, console: Console) -> None:
 
 
 def _finalize(model: DemoModel, source: Path, out: Path, console: Console) -> None:
-    from training.finalize import Finalize, finalize  # loads torch
+    from training.config import Finalize  # loads torch
+    from training.finalize import finalize
 
     plan = Finalize(source=str(source), out=out, recipe=model.recipe, group_size=model.group_size, head=model.head)
     finalize(plan, console=console)

@@ -24,21 +24,17 @@ from qserve.checkpoint.hub import resolve
 from qserve.checkpoint.load import load_model
 from qserve.checkpoint.save import CARRIED_FILES, MAX_SHARD_BYTES, save
 from qserve.errors import UsageError
-from qserve.quant.recipe import HeadPolicy
+from qserve.quant.recipe import HeadPolicy, Recipe
 from qserve.quant.recipes import DEFAULT_RECIPE, RECIPES, find_recipe
+from training.config import DTYPES, Finalize, without_dtype
 from training.destination import require_absent, require_space
-from training.run import Run, is_run, open_run, read_json
+from training.dressing import CARRY, NONE, PRESETS, TEMPLATES, Dressing, dress, read_template, read_tokens
+from training.run import is_run
 from training.source import describe_source
 
 if TYPE_CHECKING:
     from training.account import Account
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_MEASURED = {
-    "float": "of the float model, on text held out of training",
-    "trained": "as it was trained",
-    "artifact": "of the artifact",
-}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _DESCRIPTION = """\
 Quantize a float model and write it, with tokenizer, chat template, generation
@@ -54,30 +50,6 @@ examples:
 
 `qserve-train recipes` lists what --quantize knows.
 """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finalize:
-    """What is to be made of what."""
-
-    source: str  # a directory, or ORG/NAME on the hub
-    out: Path
-    recipe: str | None = None  # None: the recipe of a run
-    step: int | None = None  # of a run: its last checkpoint
-    head: str | None = None  # None: as the recipe says
-    group_size: int | None = None
-    dtype: str | None = None  # None: as the source has it
-    format: str = "safetensors"
-    max_shard_bytes: int = MAX_SHARD_BYTES
-
-    @property
-    def torch_dtype(self) -> torch.dtype | None:
-        return _DTYPES[self.dtype] if self.dtype else None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What was asked for beyond the recipe, for the provenance."""
-        return {"head": self.head, "group_size": self.group_size, "dtype": self.dtype}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,9 +74,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "that take no quantized head (vLLM). The embedding always stays float",
     )
     add("--group-size", type=int, metavar="N", help="weights that share a scale, instead of the recipe's own number")
-    add("--dtype", choices=list(_DTYPES), help="of what stays float, and of the scales; by default the source's")
+    add("--dtype", choices=list(DTYPES), help="of what stays float, and of the scales; by default the source's")
     add("--format", choices=("safetensors", "bin"), default="safetensors", help="of the weight files")
     add("--max-shard-size", type=_size, default=MAX_SHARD_BYTES, metavar="SIZE", help="of one file, such as 500MB; 5GB")
+    add(
+        "--add-tokens",
+        type=Path,
+        metavar="YAML",
+        help="a list of tokens: token, special, init (mean, zero, copy), like",
+    )
+    add("--chat-template", metavar="NAME|FILE", help=f"instead of the source's: {', '.join(TEMPLATES)}, or a file")
+    add("--stop", action="append", default=[], metavar="TOKEN", help="also ends a text; may be given several times")
+    add(
+        "--generation",
+        choices=(CARRY, NONE, *PRESETS),
+        default=CARRY,
+        help="how to sample where a request does not say: as the source does, without a word, or by a preset",
+    )
     add("--dry-run", action="store_true", help="say what would be done, and write nothing")
 
 
@@ -119,119 +105,115 @@ def run(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         format=options.format,
         max_shard_bytes=options.max_shard_size,
+        dressing=_dressing(options),
     )
     if is_run(Path(plan.source)):
+        from training.qat.finalize import finalize_run, rehearse_run  # torchao: seconds
+
         (rehearse_run if options.dry_run else finalize_run)(plan, console=Console())
     else:
         (rehearse if options.dry_run else finalize)(plan, console=Console())
 
 
+def _dressing(options: argparse.Namespace) -> Dressing:
+    return Dressing(
+        tokens=() if options.add_tokens is None else read_tokens(options.add_tokens),
+        chat_template=None if options.chat_template is None else read_template(options.chat_template),
+        stops=tuple(options.stop),
+        generation=options.generation,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Survey:
+    """The source, its model with rows for new tokens, and what is to be made of them."""
+
+    checkpoint: Checkpoint
+    model: nn.Module
+    files: Mapping[str, str]  # that differ from the source's
+    account: "Account | None"  # None: nothing is quantized
+
+    @property
+    def num_bytes(self) -> int:
+        if self.account is not None:
+            return self.account.bytes_after
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+
 def finalize(wanted: Finalize, *, console: Console) -> None:
     """Write the artifact as a whole or not at all, and print what became of each layer."""
-    from qserve.quant.apply import quantize  # torchao: seconds
-
-    checkpoint, model, account = _survey(wanted)
-    require_space(wanted.out, account.bytes_after)
-    with _progress(console) as advance:
-        recipe = find_recipe(_named(wanted))
-        report = quantize(model, recipe, head=wanted.head, group_size=wanted.group_size, progress=advance)
-    assert report.bytes_after == account.bytes_after, (report.bytes_after, account.bytes_after)
+    surveyed = _survey(wanted)
+    require_space(wanted.out, surveyed.num_bytes)
+    recipe = None if surveyed.account is None else _quantize(wanted, surveyed, console)
+    checkpoint, model = surveyed.checkpoint, surveyed.model
     with console.status(f"writing {wanted.out}"):
         save(
             wanted.out,
             model.state_dict(),
             config=_config(checkpoint, model),
-            recipe=report.recipe,
+            recipe=recipe,
             source=checkpoint.home,
+            files=surveyed.files,
             provenance=_provenance(wanted, checkpoint),
             format=wanted.format,
             max_shard_bytes=wanted.max_shard_bytes,
         )
-    _print(account, checkpoint, console)
+    _print(surveyed, console)
     console.print(f"{wanted.out} is ready: qserve serve {wanted.out}", highlight=False, soft_wrap=True)
 
 
 def rehearse(wanted: Finalize, *, console: Console) -> None:
     """Say everything that `finalize` would do; nothing is written."""
-    checkpoint, _, account = _survey(wanted)
-    _print(account, checkpoint, console)
-    carried = [name for name in CARRIED_FILES if (checkpoint.home / name).is_file()]
+    surveyed = _survey(wanted)
+    _print(surveyed, console)
+    home = surveyed.checkpoint.home
+    carried = [name for name in CARRIED_FILES if (home / name).is_file() and name not in surveyed.files]
     console.print(f"would carry {', '.join(carried) or 'no further files'}", highlight=False)
+    if surveyed.files:
+        console.print(f"would write anew {', '.join(surveyed.files)}", highlight=False)
     console.print(f"would write {wanted.out} as {wanted.format}; this was a dry run", highlight=False, soft_wrap=True)
 
 
-def finalize_run(wanted: Finalize, *, console: Console) -> None:
-    """Write what a run has trained, as a whole or not at all."""
-    from training.qat.finalize import finish  # torchao: seconds
+def _quantize(wanted: Finalize, surveyed: _Survey, console: Console) -> Recipe:
+    from qserve.quant.apply import quantize  # torchao: seconds
 
-    work = _own_run(wanted)
-    home = Path(work.manifest["source"]["path"])
-    require_space(wanted.out, sum(file.stat().st_size for file in work.find(wanted.step).iterdir()))
-    trained = finish(work, step=wanted.step, console=console)
-    with console.status(f"writing {wanted.out}"):
-        save(
-            wanted.out,
-            trained.tensors,
-            config={**_without_dtype(read_json(home / "config.json")), "dtype": work.manifest["dtype"]},
-            recipe=trained.report.recipe if trained.report else None,
-            source=home,
-            provenance=trained.provenance,
-            format=wanted.format,
-            max_shard_bytes=wanted.max_shard_bytes,
-        )
-    for name, loss in trained.provenance["loss"].items():
-        if name != "tokens":
-            console.print(f"loss {loss:.6f} {_MEASURED[name]}", highlight=False)
-    console.print(f"{wanted.out} is ready: qserve serve {wanted.out}", highlight=False, soft_wrap=True)
+    assert surveyed.account is not None
+    assert wanted.recipe is not None
+    with _progress(console) as advance:
+        recipe = find_recipe(wanted.recipe)
+        report = quantize(surveyed.model, recipe, head=wanted.head, group_size=wanted.group_size, progress=advance)
+    assert report.bytes_after == surveyed.num_bytes, (report.bytes_after, surveyed.num_bytes)
+    return report.recipe
 
 
-def rehearse_run(wanted: Finalize, *, console: Console) -> None:
-    """Say what `finalize_run` would do; nothing is written."""
-    work = _own_run(wanted)
-    found = work.find(wanted.step)
-    console.print(f"would make {wanted.out} of {found.name} of a run of {work.manifest['recipe']}", soft_wrap=True)
-    console.print(f"would write it as {wanted.format} in {work.manifest['dtype']}; this was a dry run", highlight=False)
-
-
-def _own_run(wanted: Finalize) -> Run:
-    """The run that is the source; its manifest says what it becomes, and no option may say otherwise."""
-    from training.qat.finalize import require_own_recipe
-
-    require_absent(wanted.out)
-    work = open_run(Path(wanted.source))
-    if work.is_float and (wanted.recipe or wanted.head or wanted.group_size):
-        raise UsageError(
-            f"{work.path} is a float run: finalize it to a checkpoint, then quantize that one with --quantize"
-        )
-    asked = {"recipe": wanted.recipe, "head": wanted.head, "group_size": wanted.group_size, "dtype": wanted.dtype}
-    require_own_recipe(work, asked)
-    return work
-
-
-def _survey(wanted: Finalize) -> tuple[Checkpoint, nn.Module, "Account"]:
-    """The source, its model, and what the recipe would make of it; all that can be wrong is said here."""
+def _survey(wanted: Finalize) -> _Survey:
+    """All that can be wrong is said here."""
     from transformers.utils import logging  # this one and torchao: seconds
-
-    from qserve.quant.apply import make_plan
-    from training.account import draw_up
 
     logging.disable_progress_bar()  # transformers' own, beside ours
     require_absent(wanted.out)
-    recipe = find_recipe(_named(wanted))
-    recipe.demand("make")
-    checkpoint = detect(resolve(wanted.source))
-    _require_float(checkpoint)
-    model = load_model(checkpoint, dtype=wanted.torch_dtype)
-    plan = make_plan(model, recipe, head=wanted.head, group_size=wanted.group_size)
-    return checkpoint, model, draw_up(model, plan)
-
-
-def _named(wanted: Finalize) -> str:
-    if wanted.recipe is None:
+    if wanted.recipe is None and wanted.dressing.is_plain and wanted.dtype is None:
         raise UsageError(
             f"{wanted.source} is no run, so it is quantized by rounding: name a recipe, --quantize {DEFAULT_RECIPE}"
         )
-    return wanted.recipe
+    if wanted.step is not None:
+        raise UsageError(f"{wanted.source} is no run and has no steps; leave out --step")
+    checkpoint = detect(resolve(wanted.source))
+    _require_float(checkpoint)
+    model = load_model(checkpoint, dtype=wanted.torch_dtype)
+    files = dress(wanted.dressing, model, checkpoint.home)
+    return _Survey(checkpoint=checkpoint, model=model, files=files, account=_account(wanted, model))
+
+
+def _account(wanted: Finalize, model: nn.Module) -> "Account | None":
+    if wanted.recipe is None:
+        return None
+    from qserve.quant.apply import make_plan
+    from training.account import draw_up
+
+    recipe = find_recipe(wanted.recipe)
+    recipe.demand("make")
+    return draw_up(model, make_plan(model, recipe, head=wanted.head, group_size=wanted.group_size))
 
 
 def _require_float(checkpoint: Checkpoint) -> None:
@@ -247,28 +229,30 @@ def _require_float(checkpoint: Checkpoint) -> None:
 def _config(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any]:
     """The source's config.json, with the dtype that the float tensors have now."""
     floats = Counter(parameter.dtype for parameter in model.parameters() if type(parameter.data) is torch.Tensor)
-    return {**_without_dtype(checkpoint.config), "dtype": str(floats.most_common(1)[0][0]).removeprefix("torch.")}
-
-
-def _without_dtype(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "torch_dtype"}
+    config = {**without_dtype(checkpoint.config), "dtype": str(floats.most_common(1)[0][0]).removeprefix("torch.")}
+    text_config: Any = model.config
+    if "vocab_size" in config:  # new tokens may have made it larger
+        config["vocab_size"] = text_config.get_text_config(decoder=True).vocab_size
+    return config
 
 
 def _provenance(wanted: Finalize, checkpoint: Checkpoint) -> dict[str, Any]:
     local = Path(wanted.source)
     name = local.resolve().name if local.exists() else wanted.source
     return {
-        "method": "rounding after training",
+        "method": "rounding after training" if wanted.recipe else "none: a float model",
         "source": {"name": name, "sha256": describe_source(checkpoint.files)},
         "options": wanted.options,
     }
 
 
-def _print(account: "Account", checkpoint: Checkpoint, console: Console) -> None:
+def _print(surveyed: _Survey, console: Console) -> None:
     from training.account import summary, table
 
-    console.print(table(account))
-    console.print(summary(account), highlight=False)
+    checkpoint, account = surveyed.checkpoint, surveyed.account
+    if account is not None:
+        console.print(table(account))
+        console.print(summary(account), highlight=False)
     if not any((checkpoint.home / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         console.print(f"{checkpoint.home} has no tokenizer to carry; the artifact can be run on token ids alone")
 

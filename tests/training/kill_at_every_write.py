@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from training.finalize import Finalize, finalize, rehearse
+from training.config import Finalize
+from training.finalize import finalize, rehearse
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A run becomes what was trained: a QAT run an artifact, a float run a checkpoint. `training.finalize` is the word.
+"""A run becomes what was trained: a QAT run an artifact, a float run a checkpoint. `finalize` is the word.
 
 The artifact holds every weight that training computed with, to the last bit: both are compared before a byte is
 written, and the loss is measured before and after.
@@ -13,18 +13,26 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from qserve.checkpoint.save import save
 from qserve.errors import UsageError
 from qserve.quant.apply import Report, convert_qat
 from qserve.quant.read import read_tensor
 from qserve.quant.weight import ActivationQuantization, QuantizedWeight
 from training.artifact import round_inputs
-from training.config import TrainOptions
+from training.config import Finalize, TrainOptions, without_dtype
 from training.data import windows
+from training.destination import require_absent, require_space
+from training.dressing import dress
 from training.qat.model import Trainee, build, load_source
 from training.qat.state import load_parameters
-from training.run import DATA, Json, Run, read_tensors
+from training.run import DATA, Json, Run, open_run, read_json, read_tensors
 from training.scores import score
 
+_MEASURED = {
+    "float": "of the float model, on text held out of training",
+    "trained": "as it was trained",
+    "artifact": "of the artifact",
+}
 _EQUAL = 1e-6  # of the losses before and after conversion
 
 
@@ -35,6 +43,56 @@ class Trained:
     tensors: Mapping[str, Tensor]
     report: Report | None  # None: a float run
     provenance: Json
+
+
+def finalize_run(wanted: Finalize, *, console: Console) -> None:
+    """Write what a run has trained, as a whole or not at all."""
+    work = _own_run(wanted)
+    home = Path(work.manifest["source"]["path"])
+    require_space(wanted.out, sum(file.stat().st_size for file in work.find(wanted.step).iterdir()))
+    trained = finish(work, step=wanted.step, console=console)
+    with console.status(f"writing {wanted.out}"):
+        save(
+            wanted.out,
+            trained.tensors,
+            config={**without_dtype(read_json(home / "config.json")), "dtype": work.manifest["dtype"]},
+            recipe=trained.report.recipe if trained.report else None,
+            source=home,
+            files=dress(wanted.dressing, None, home),
+            provenance=trained.provenance,
+            format=wanted.format,
+            max_shard_bytes=wanted.max_shard_bytes,
+        )
+    for name, loss in trained.provenance["loss"].items():
+        if name != "tokens":
+            console.print(f"loss {loss:.6f} {_MEASURED[name]}", highlight=False)
+    console.print(f"{wanted.out} is ready: qserve serve {wanted.out}", highlight=False, soft_wrap=True)
+
+
+def rehearse_run(wanted: Finalize, *, console: Console) -> None:
+    """Say what `finalize_run` would do; nothing is written."""
+    work = _own_run(wanted)
+    found = work.find(wanted.step)
+    console.print(f"would make {wanted.out} of {found.name} of a run of {work.manifest['recipe']}", soft_wrap=True)
+    console.print(f"would write it as {wanted.format} in {work.manifest['dtype']}; this was a dry run", highlight=False)
+
+
+def _own_run(wanted: Finalize) -> Run:
+    """The run that is the source; its manifest says what it becomes, and no option may say otherwise."""
+    require_absent(wanted.out)
+    work = open_run(Path(wanted.source))
+    if work.is_float and (wanted.recipe or wanted.head or wanted.group_size):
+        raise UsageError(
+            f"{work.path} is a float run: finalize it to a checkpoint, then quantize that one with --quantize"
+        )
+    if wanted.dressing.tokens:
+        raise UsageError(
+            "new tokens change what a run was trained on: add them to its base (finalize BASE --out DIR --add-tokens "
+            "FILE), and prepare a run of that"
+        )
+    asked = {"recipe": wanted.recipe, "head": wanted.head, "group_size": wanted.group_size, "dtype": wanted.dtype}
+    require_own_recipe(work, asked)
+    return work
 
 
 def finish(run: Run, *, step: int | None, console: Console) -> Trained:

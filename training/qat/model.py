@@ -17,14 +17,13 @@ from qserve.checkpoint.load import load_model
 from qserve.errors import NotACheckpoint, UsageError
 from qserve.quant.apply import Plan, prepare_qat
 from qserve.quant.recipes import find_recipe
-from training.config import TrainOptions
+from training.config import DTYPES, TrainOptions
 from training.qat.fake import Adapter, Ranges, WeightRounder, attach
 from training.qat.switch import Switch
 from training.run import Run, read_json
 from training.source import describe_source
 
 FLOAT = "float"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(slots=True, kw_only=True)

@@ -16,8 +16,9 @@ from qserve.quant.apply import make_plan, prepare_qat
 from qserve.quant.recipe import HeadPolicy
 from qserve.quant.recipes import DEFAULT_RECIPE, RECIPES, find_recipe
 from training.account import draw_up, summary, table
+from training.config import DTYPES
 from training.qat.fake import require_exact
-from training.qat.model import DTYPES, FLOAT, load_source, source_of, stored_dtype
+from training.qat.model import FLOAT, load_source, source_of, stored_dtype
 from training.run import Run, create_run
 
 _DESCRIPTION = """\

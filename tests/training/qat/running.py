@@ -8,7 +8,8 @@ import torch
 from rich.console import Console
 
 from tests.tiny import make_checkpoint, prose
-from training.finalize import Finalize, finalize_run
+from training.config import Finalize
+from training.qat.finalize import finalize_run
 from training.qat.prepare import Prepare, prepare
 from training.qat.train import train
 from training.run import Run, open_run

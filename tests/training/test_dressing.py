@@ -65,14 +65,11 @@ def test_new_tokens_have_rows_of_their_own(source: Path, tmp_path: Path) -> None
 
 
 def test_template_stops_and_sampling(source: Path, tmp_path: Path) -> None:
-    out = finalize(
-        source, tmp_path / "out", "--quantize", "int8-weight-only", "--chat-template", "zephyr", "--stop", "<|endoftext|>",
-        "--generation", "balanced",
-    )  # fmt: skip
+    options = ["--chat-template", "zephyr", "--stop", "<|endoftext|>", "--generation", "balanced"]
+    out = finalize(source, tmp_path / "out", "--quantize", "int8-weight-only", *options)
     told = generation(out)
-    assert told == {
-        "do_sample": True, "temperature": 0.7, "top_p": 0.9, "bos_token_id": 1, "eos_token_id": [2, 0], "pad_token_id": 0
-    }  # fmt: skip
+    ids = {"bos_token_id": 1, "eos_token_id": [2, 0], "pad_token_id": 0}
+    assert told == {"do_sample": True, "temperature": 0.7, "top_p": 0.9, **ids}
     said = AutoTokenizer.from_pretrained(out).apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert said == "<|user|>\nHi<|im_end|>\n"
 

@@ -153,7 +153,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     given = given_options(options, TrainOptions)
-    given.pop("seed", None)
+    if "seed" in given:
+        raise UsageError("a comparison has --seeds, each trained once; leave out --seed")
     wanted = Comparison(
         base=resolve(options.base),
         out=options.out,

@@ -48,7 +48,7 @@ def main() -> None:
     for name, recipe in _COMPARISONS.items():
         measured = ["--eval-data", valid, "--max-tokens", wanted.eval_tokens, "--seeds", *wanted.seeds]
         trained = ["--data", train, "--tokens", wanted.qat_tokens, "--micro-batch", "8"]
-        pace = ["--learning-rate", "3e-4", "--learn-ranges"]
+        pace = ["--learning-rate", "3e-5", "--learn-ranges"]
         word("compare", base, "--out", wanted.out / name, *recipe, *trained, *pace, *measured)
 
 

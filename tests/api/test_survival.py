@@ -41,9 +41,10 @@ def test_everybody_is_told_when_the_engine_dies(tokenizer_directory: Path) -> No
             answers.append(httpx.post(server.url + "/v1/completions", json=body, timeout=30))
 
         clients = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
-        for client in clients:
-            client.start()
+        clients[0].start()  # one that streams has begun before anything goes wrong
         wait_until(lambda: server.llm.loop.stats.num_running > 0)
+        for client in clients[1:]:
+            client.start()
         server.runner.fault = RuntimeError("the device is on fire")
         server.runner.gate.set()
         for client in clients:

@@ -133,7 +133,7 @@ def _source(wanted: Evaluate, path: Path) -> Iterator[Any]:
             f"{path} is a run, which qserve does not serve; finalize it first, or use --through transformers"
         )
     else:
-        with serving(path, "--max-model-len", str(wanted.window + 1)) as server:
+        with serving(path, "--max-model-len", str(wanted.window + 1), "--kv-cache-dtype", "float32") as server:
             yield server
 
 

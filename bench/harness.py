@@ -3,7 +3,6 @@
 Knows nothing of tasks but the folder that defines them, and nothing of the model but its server's address.
 """
 
-import fcntl
 import json
 import os
 import subprocess
@@ -13,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.demo import cache_directory
+from bench.environment import get_environment
 
-REQUIREMENT = "lm-eval[api]==0.4.13"
+REQUIREMENT = "lm-eval[api]==0.4.13"  # needs no torch, but much else that the server has no use for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,28 +36,13 @@ class Outcome:
     scores: list[Scored]
 
 
-def make_environment() -> Path:
-    """The harness's own interpreter. It needs no torch, but much else that the server has no use for."""
-    folder = cache_directory() / "environments" / REQUIREMENT
-    python = folder / "bin" / "python"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "ready").exists():
-            print(f"installing {REQUIREMENT} once, into {folder}", file=sys.stderr)
-            subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-            subprocess.run([python, "-m", "pip", "install", "--quiet", REQUIREMENT], check=True, stdout=sys.stderr)
-            (folder / "ready").touch()
-    return python
-
-
 def run_harness(
     url: str, *, tasks: Path, names: Sequence[str], out: Path, max_length: int, num_concurrent: int
 ) -> Outcome:
     """Every task, over /v1/completions, with the server's own tokenizer."""
     endpoint = f"base_url={url}/v1/completions,tokenizer_backend=remote"
     settings = f"{endpoint},max_length={max_length},num_concurrent={num_concurrent}"
-    command = [str(make_environment()), "-m", "lm_eval", "run", "--model", "local-completions"]
+    command = [str(get_environment([REQUIREMENT])), "-m", "lm_eval", "run", "--model", "local-completions"]
     command += ["--model_args", settings, "--include_path", str(tasks), "--tasks", ",".join(names)]
     command += ["--output_path", str(out), "--log_samples"]
     # Local files alone are read, so nothing is to be asked of the hub.

@@ -98,7 +98,7 @@ def endless_head(target: Target) -> str:
             while num_sent < 50 * 2**20:
                 num_sent += wire.send(b"a" * 65536)
         except OSError:
-            pass
+            pass  # refused: what is hoped for
     assert num_sent < 20 * 2**20, "taken without a limit"
     return f"refused after {num_sent // 1024} KiB"
 
@@ -277,7 +277,7 @@ def _read_rest(wire: socket.socket) -> bytes:
         while piece := wire.recv(65536):
             answer += piece
     except ConnectionError:
-        pass
+        pass  # closed hard; what came before counts
     wire.close()
     return answer
 

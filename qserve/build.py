@@ -72,22 +72,11 @@ def build_llm(
         runner = _make_runner(loaded, checkpoint, engine=engine, device=device, max_blocks=num_blocks)
         runner.warm_up(max_tokens=min(_WARM_UP_TOKENS, engine.max_step_tokens))
     own_name = path.resolve().name if Path(model).expanduser().exists() else str(model)
-    names = server.served_model_name or (own_name,)
     room = runner.num_blocks * engine.block_size
     if room < limit:
         _log.warning("the cache holds %d tokens, so the context is cut from %d; --kv-cache-mb gives more", room, limit)
-    info = ModelInfo(
-        name=names[0],
-        other_names=names[1:],
-        max_model_len=min(limit, room),
-        vocabulary_size=runner.vocab_size,
-        created=int(time.time()),
-        details={
-            **_describe(checkpoint),
-            "kernels": kernels,
-            "memory": {"weights": runner.memory.weights, "cache": runner.memory.cache},
-        },
-    )
+    details = {**_describe(checkpoint), "kernels": kernels}
+    info = _make_info(server.served_model_name or (own_name,), runner, max_model_len=min(limit, room), details=details)
     loop = EngineLoop(Engine(Scheduler(engine, runner.num_blocks), runner)).start()
     metrics = Metrics(
         info.name,
@@ -103,6 +92,20 @@ def build_llm(
     )
     _log.info("%s is loaded in %s; context %d tokens", info.name, clock.report(), info.max_model_len)
     return LLM(info=info, tokenizer=tokenizer, template=template, loop=loop, metrics=metrics)
+
+
+def _make_info(
+    names: tuple[str, ...], runner: ModelRunner, *, max_model_len: int, details: Mapping[str, Any]
+) -> ModelInfo:
+    memory = {"weights": runner.memory.weights, "cache": runner.memory.cache}
+    return ModelInfo(
+        name=names[0],
+        other_names=names[1:],
+        max_model_len=max_model_len,
+        vocabulary_size=runner.vocab_size,
+        created=int(time.time()),
+        details={**details, "memory": memory},
+    )
 
 
 class _Clock:

@@ -1,12 +1,12 @@
 """lm-evaluation-harness over a real socket: its scores of a local task are those of transformers."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
+from bench.environment import NotInstallable, get_environment
 from bench.evaluation import TOLERANCE, compare, make_tasks, write_tasks
-from bench.harness import make_environment, run_harness
+from bench.harness import REQUIREMENT, run_harness
 from qserve.api.service import Service
 from qserve.build import build_llm
 from qserve.config import DeviceConfig
@@ -19,8 +19,8 @@ LONGEST = 512  # the tiny model's context
 @pytest.fixture(scope="module")
 def harness() -> None:
     try:
-        make_environment()
-    except subprocess.CalledProcessError:
+        get_environment([REQUIREMENT])
+    except NotInstallable:
         pytest.skip("lm-evaluation-harness is not installed, and could not be: is there a network?")
 
 

@@ -10,11 +10,10 @@ import numpy as np
 from qserve.bench.figures import Figures
 from qserve.bench.machine import describe_circumstances
 from qserve.bench.models import add_model_arguments
-from qserve.bench.offline import Batch, check_room, loaded, run_batch
+from qserve.bench.offline import Batch, loaded, make_work, run_batch
 from qserve.bench.report import ReportConfig, check_files, make_console, report
 from qserve.bench.result import Column, Result, Row
 from qserve.bench.serve import options_of
-from qserve.bench.work import Work, WorkConfig
 from qserve.config import DeviceConfig, EngineConfig, option
 from qserve.errors import UsageError
 from qserve.options import add_options, read_options
@@ -57,11 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--num-iters is {config.num_iters}: expected 1 or more.")
     runs: dict[str, list[Figures]] = {}
     with loaded(arguments) as llms, make_console(is_error=True).status("measuring"):
-        check_room(llms, input_len=config.input_len, output_len=config.output_len)
-        work = Work(
-            WorkConfig(input_len=config.input_len, seed=config.seed),
-            vocab_size=min(llm.info.vocabulary_size for llm in llms.values()),
-        )
+        work = make_work(llms, input_len=config.input_len, output_len=config.output_len, seed=config.seed)
         for turn in range(-config.num_iters_warmup, config.num_iters):
             prompts = work.make_prompts(config.batch_size, run=turn + config.num_iters_warmup)
             for label, llm in llms.items():

@@ -12,6 +12,7 @@ from time import perf_counter
 from qserve.bench.models import Model, labels_of
 from qserve.bench.report import make_console
 from qserve.bench.serve import check_labels
+from qserve.bench.work import Work, WorkConfig
 from qserve.config import DeviceConfig, EngineConfig
 from qserve.engine.request import SamplingParams
 from qserve.errors import UsageError
@@ -55,6 +56,13 @@ def check_room(llms: dict[str, LLM], *, input_len: int, output_len: int) -> None
                 f"--input-len {input_len} and --output-len {output_len} are more than the context of {label}, "
                 f"{llm.info.max_model_len} tokens."
             )
+
+
+def make_work(llms: dict[str, LLM], *, input_len: int, output_len: int, seed: int) -> Work:
+    """Prompts that every model can take; refuses lengths that one of them has no room for."""
+    check_room(llms, input_len=input_len, output_len=output_len)
+    vocab_size = min(llm.info.vocabulary_size for llm in llms.values())
+    return Work(WorkConfig(input_len=input_len, seed=seed), vocab_size=vocab_size)
 
 
 def run_batch(llm: LLM, prompts: Sequence[Sequence[int]], *, output_len: int) -> Batch:

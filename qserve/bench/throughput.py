@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from qserve.bench.figures import Figures, describe
 from qserve.bench.machine import describe_circumstances
 from qserve.bench.models import add_model_arguments
-from qserve.bench.offline import Batch, check_room, loaded, run_batch
+from qserve.bench.offline import Batch, loaded, make_work, run_batch
 from qserve.bench.report import ReportConfig, check_files, make_console, report
 from qserve.bench.result import Column, Result, Row
 from qserve.bench.serve import options_of
-from qserve.bench.work import Work, WorkConfig
 from qserve.config import DeviceConfig, EngineConfig, option
 from qserve.errors import UsageError
 from qserve.options import add_options, read_options
@@ -52,11 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--repeats is {config.repeats}: expected 1 or more.")
     runs: dict[str, list[Figures]] = {}
     with loaded(arguments) as llms, make_console(is_error=True).status("measuring"):
-        check_room(llms, input_len=config.input_len, output_len=config.output_len)
-        work = Work(
-            WorkConfig(input_len=config.input_len, seed=config.seed),
-            vocab_size=min(llm.info.vocabulary_size for llm in llms.values()),
-        )
+        work = make_work(llms, input_len=config.input_len, output_len=config.output_len, seed=config.seed)
         for llm in llms.values():
             run_batch(llm, work.make_prompts(min(config.num_prompts, 4), run=-1), output_len=4)
         for repeat in range(config.repeats):

@@ -118,7 +118,7 @@ def _greeting(llm: LLM, url: str) -> str:
         '    -d \'{"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0, "stream": true}\'\n',
     ]
     if llm.template is not None:
-        message = '{"role": "user", "content": "What is the capital of France?"}'
+        message = '{"role": "user", "content": "What is the capital of France? Answer in one sentence."}'
         lines += [
             f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\",
             f'    -d \'{{"messages": [{message}], "max_tokens": 32, "temperature": 0}}\'\n',

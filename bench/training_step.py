@@ -21,6 +21,7 @@ from transformers import LlamaConfig
 
 from qserve.quant.recipes import DEFAULT_RECIPE
 from training.config import TrainOptions
+from training.memory import keep_released_memory
 from training.qat.loop import Training
 from training.qat.model import FLOAT, build
 from training.qat.prepare import Prepare, prepare
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--learn-ranges", action="store_true")
     wanted = parser.parse_args()
+    keep_released_memory()  # as qserve-train does
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
         base = wanted.model or small_llama(Path(scratch))

@@ -60,8 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     _quieten()
     options = _parser(used=arguments[0] if arguments else "").parse_args(arguments)
+    word = import_module(options.module)
+    import_module("training.memory").keep_released_memory()  # torch, as every word
     try:
-        import_module(options.module).run(options)
+        word.run(options)
     except QserveError as error:
         print(f"qserve-train: {error}", file=sys.stderr)
         return _USAGE_ERROR

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ROWS = 256  # at once
+# Logits at once: temporaries of a whole batch would leave the cache, and be asked of the system anew each time.
+_BLOCK = 2**19
 
 
 def losses(logits: Tensor, targets: Tensor, teacher: Tensor | None, *, kl_share: float) -> Tensor:
@@ -29,11 +30,11 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, teacher: Tensor | None, kl_share: float) -> Tensor:
-        number = len(targets)
+        number, step = len(targets), max(1, _BLOCK // logits.shape[-1])
         gradient = torch.empty_like(logits)
         text = kl = torch.zeros((), device=logits.device)
-        for begin in range(0, number, _ROWS):
-            rows = slice(begin, begin + _ROWS)
+        for begin in range(0, number, step):
+            rows = slice(begin, begin + step)
             log_p = logits[rows].float().log_softmax(-1)
             chosen = targets[rows].unsqueeze(-1)
             text = text - log_p.gather(-1, chosen).sum()

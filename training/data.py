@@ -93,8 +93,11 @@ def windows(tokens: Tensor, length: int) -> Tensor:
 
 
 def hashes(path: Path) -> dict[str, str]:
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return {file.name: sha256(file) for file in files if file.is_file()}
+    """By name; the files of a directory by their path from it, since splits have files of the same names."""
+    if not path.is_dir():
+        return {path.name: sha256(path)} if path.is_file() else {}
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return {file.relative_to(path.parent).as_posix(): sha256(file) for file in files}
 
 
 def _load_json(path: Path) -> Iterator[Any]:
@@ -116,7 +119,12 @@ def _load_dataset(path: Path) -> Iterable[Any]:
             f"{path} is a directory; reading a saved dataset needs the library `datasets` (pip install datasets). "
             "Without it, give .txt or .jsonl files"
         ) from error
-    found = datasets.load_from_disk(str(path))
+    try:
+        found = datasets.load_from_disk(str(path))
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} was not saved by `datasets` ({error})") from error
+    if isinstance(found, dict) and "train" not in found:
+        raise UsageError(f"{path} has no split train; name the directory of one, such as {path / next(iter(found))}")
     return found["train"] if isinstance(found, dict) else found  # type: ignore[no-any-return]
 
 

@@ -78,3 +78,22 @@ def test_what_is_not_there_is_refused(tokenizer: Any, tmp_path: Path) -> None:
         read_text([tmp_path / "a.txt"], tokenizer)
     with pytest.raises(UsageError, match="has no tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_saved_datasets(tokenizer: Any, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="an optional library")
+    some = datasets.Dataset.from_dict({"text": ["one", "two"]})
+    other = datasets.Dataset.from_dict({"text": ["three"]})
+    some.save_to_disk(str(tmp_path / "plain"))
+    datasets.DatasetDict({"train": some, "test": other}).save_to_disk(str(tmp_path / "split"))
+    datasets.DatasetDict({"test": other}).save_to_disk(str(tmp_path / "other"))
+    for name in ("plain", "split"):
+        assert list(read_documents(tmp_path / name, tokenizer)) == ["one", "two"]
+    assert list(read_documents(tmp_path / "other" / "test", tokenizer)) == ["three"]
+    text = read_text([tmp_path / "split"], tokenizer)
+    assert {"split/train/state.json", "split/test/state.json"} <= set(text.files)
+    with pytest.raises(UsageError, match="has no split train; name the directory of one"):
+        read_text([tmp_path / "other"], tokenizer)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="was not saved by `datasets`"):
+        read_text([tmp_path / "empty"], tokenizer)

@@ -103,10 +103,14 @@ class LLM:
             )
         return self.encode(self.template.render(messages, **options), add_special_tokens=False)
 
-    def room_for(self, prompt: Prompt, max_tokens: int | None) -> int:
-        """How many tokens may be made: those asked for, or by default all that fit."""
+    def room_for(self, prompt: Prompt, max_tokens: int | None, *, can_be_less: bool = False) -> int:
+        """How many tokens may be made: those asked for, or by default all that fit.
+
+        Where more are asked for than fit, it is an error, unless it can be less.
+        """
         limit, length = self.info.max_model_len, len(prompt.ids)
-        asked = max(limit - length, 1) if max_tokens is None else max_tokens
+        room = max(limit - length, 1)
+        asked = room if max_tokens is None else min(max_tokens, room) if can_be_less else max_tokens
         if length + asked > limit:
             raise ContextLengthExceeded(
                 f"This model's context is {limit} tokens. The prompt has {length} and {asked} more were asked for. "

@@ -1,6 +1,7 @@
 """From a checked request to its answer, streamed or whole; both are made of the same deltas.
 
-`completions.py` and `chat.py` make the plans.
+`completions.py` and `chat.py` make the plans; the packages `responses` and `messages` write what comes of them in
+other words.
 """
 
 import time
@@ -8,7 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -90,28 +91,44 @@ class _Collected:
         return sum(token.logprobs[0].logprob for token in self.logprobs) / max(len(self.logprobs), 1)
 
 
-async def answer(request: Request, plan: Plan, *, unknown_fields: Sequence[str]) -> Response:
+class Writer(Protocol):
+    """Writes what comes of a plan, in frames or whole."""
+
+    def stream(self, generations: Sequence[Generation]) -> AsyncIterator[bytes]: ...
+    async def collect(self, generations: Sequence[Generation]) -> dict[str, Any]: ...
+
+
+async def answer(request: Request, plan: Plan, writer: Writer, *, unknown_fields: Sequence[str]) -> Response:
     """Starts what was planned. Errors up to here have a status; later ones in a stream are frames."""
     headers = name_unknown_fields(unknown_fields)
     with ExitStack() as held:
         generations = plan.start(held, deadline=find_deadline(plan.wanted.timeout, request.app.state.limits))
         note_generations(request.scope, generations)
         if plan.wanted.stream:
-            return EventStream(_stream(plan, generations), held.pop_all(), headers)
-        return JSONResponse(await unless_gone(request.receive, _collect(plan, generations)), headers=headers)
+            return EventStream(writer.stream(generations), held.pop_all(), headers)
+        return JSONResponse(await unless_gone(request.receive, writer.collect(generations)), headers=headers)
 
 
-def _stream(plan: Plan, generations: Sequence[Generation]) -> AsyncIterator[bytes]:
-    asked = plan.wanted.stream_options
-    form = StreamForm(
-        envelope=plan.envelope(is_stream=True),
-        replies=[make_reply(plan.reply) for _ in generations] if plan.is_chat else None,
-        write_logprobs=plan.write_logprobs,
-        with_usage=asked is not None and asked.include_usage,
-        with_running_usage=asked is not None and asked.include_usage and asked.continuous_usage_stats,
-        with_token_ids=plan.wanted.return_token_ids,
-    )
-    return write_frames(generations, form, plan.count_usage())
+class ChoiceWriter:
+    """Completions and chats: choices, in chunks or whole."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def stream(self, generations: Sequence[Generation]) -> AsyncIterator[bytes]:
+        plan, asked = self._plan, self._plan.wanted.stream_options
+        form = StreamForm(
+            envelope=plan.envelope(is_stream=True),
+            replies=[make_reply(plan.reply) for _ in generations] if plan.is_chat else None,
+            write_logprobs=plan.write_logprobs,
+            with_usage=asked is not None and asked.include_usage,
+            with_running_usage=asked is not None and asked.include_usage and asked.continuous_usage_stats,
+            with_token_ids=plan.wanted.return_token_ids,
+        )
+        return write_frames(generations, form, plan.count_usage())
+
+    async def collect(self, generations: Sequence[Generation]) -> dict[str, Any]:
+        return await _collect(self._plan, generations)
 
 
 async def _collect(plan: Plan, generations: Sequence[Generation]) -> dict[str, Any]:

@@ -7,14 +7,16 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from qserve.api.answer import Plan, answer
+from qserve.api.answer import ChoiceWriter, Plan, answer
 from qserve.api.limits import check_limits
 from qserve.api.logprobs import LogprobWriter
 from qserve.api.protocol import ChatMessage, ChatRequest, parse
 from qserve.api.service import Service
 from qserve.api.tools import find_reply_form
+from qserve.errors import InvalidRequest
 from qserve.generation import Prompt
 from qserve.llm import LLM
+from qserve.text.reasoning import find_reasoning_format
 from qserve.text.tools import explain_tools
 
 
@@ -24,8 +26,8 @@ async def chat_completions(request: Request) -> Response:
     check_limits(wanted, request.app.state.limits)
     llm = service.find(wanted.model)
     llm.check_room()
-    plan = await asyncio.to_thread(_plan, llm, wanted)
-    return await answer(request, plan, unknown_fields=unknown)
+    plan = await asyncio.to_thread(plan_chat, llm, wanted)
+    return await answer(request, plan, ChoiceWriter(plan), unknown_fields=unknown)
 
 
 def render_messages(
@@ -52,21 +54,28 @@ def render_messages(
     )
 
 
-def _plan(llm: LLM, wanted: ChatRequest) -> Plan:
-    prompt = render_messages(
+def render_chat(llm: LLM, wanted: ChatRequest) -> Prompt:
+    return render_messages(
         llm,
         wanted.messages,
         add_generation_prompt=wanted.add_generation_prompt,
         continue_final_message=wanted.continue_final_message,
-        variables=wanted.chat_template_kwargs,
+        variables={**wanted.chat_template_kwargs, **_effort(llm, wanted.reasoning_effort)},
         tools=wanted.offered,
     )
+
+
+def plan_chat(llm: LLM, wanted: ChatRequest, *, can_be_shorter: bool = False) -> Plan:
+    """What is made of a chat. It can be shorter than was asked for where its end tells so."""
+    prompt = render_chat(llm, wanted)
     form = find_reply_form(llm, wanted, prompt, is_structured=wanted.is_structured)
     if wanted.truncate_prompt_tokens is not None:
         prompt = Prompt(ids=prompt.ids[-wanted.truncate_prompt_tokens :])
     num_top = (wanted.top_logprobs or 0) if wanted.logprobs else None
     sampling = wanted.sampling(
-        max_tokens=llm.room_for(prompt, wanted.token_limit), logprobs=num_top, prompt_logprobs=wanted.prompt_logprobs
+        max_tokens=llm.room_for(prompt, wanted.token_limit, can_be_less=can_be_shorter),
+        logprobs=num_top,
+        prompt_logprobs=wanted.prompt_logprobs,
     )
     special_ids = llm.tokenizer.special_token_ids
     rules = wanted.compile_rules(llm, calls=form.call_source(wanted, special_ids) if form else None)
@@ -84,3 +93,17 @@ def _plan(llm: LLM, wanted: ChatRequest) -> Plan:
         logprobs=writer,
         reply=form,
     )
+
+
+def _effort(llm: LLM, effort: str | None) -> dict[str, Any]:
+    """What the template is told of how much to reason."""
+    template = llm.template
+    if effort is None or template is None:
+        return {}
+    if effort == "none" and template.takes("enable_thinking"):
+        return {"enable_thinking": False}
+    if template.takes("reasoning_effort"):
+        return {"reasoning_effort": effort}
+    if effort == "none" and find_reasoning_format(template.source) is None:
+        return {}  # it never reasons
+    raise InvalidRequest("The model's chat template cannot be told how much to reason.", param="reasoning_effort")

@@ -5,7 +5,7 @@ import asyncio
 from starlette.requests import Request
 from starlette.responses import Response
 
-from qserve.api.answer import Plan, answer
+from qserve.api.answer import ChoiceWriter, Plan, answer
 from qserve.api.limits import check_limits
 from qserve.api.logprobs import LogprobWriter
 from qserve.api.protocol import CompletionRequest, parse
@@ -23,7 +23,7 @@ async def completions(request: Request) -> Response:
     llm.check_room()
     # In a thread: a long prompt takes long to encode, and streams must not stand still for it.
     plan = await asyncio.to_thread(_plan, llm, wanted)
-    return await answer(request, plan, unknown_fields=unknown)
+    return await answer(request, plan, ChoiceWriter(plan), unknown_fields=unknown)
 
 
 def _plan(llm: LLM, wanted: CompletionRequest) -> Plan:

@@ -92,7 +92,7 @@ def _kind(kind: Mapping[str, Any]) -> str:
         return f"{kind['$ref'].rpartition('/')[2].lstrip('_')} object"
     if "enum" in kind or "const" in kind:
         return ", ".join(f"`{json.dumps(value)}`" for value in kind.get("enum", [kind.get("const")]))
-    if "anyOf" in kind:
+    if "anyOf" in kind or "oneOf" in kind:
         return _words(kind)
     name = {"array": "list"}.get(kind.get("type", ""), kind.get("type", "anything"))
     if kind.get("items"):
@@ -103,6 +103,8 @@ def _kind(kind: Mapping[str, Any]) -> str:
 
 def _default(field: Mapping[str, Any]) -> str:
     value = field.get("default")
+    if isinstance(value, dict):
+        value = {name: item for name, item in value.items() if item not in (None, [])}
     return "" if value is None else f"`{json.dumps(value)}`"
 
 

@@ -11,8 +11,12 @@ from qserve.api import routes
 from qserve.api.chat import chat_completions
 from qserve.api.completions import completions
 from qserve.api.measuring import EmbeddingRequest, ScoreRequest, embeddings, score
+from qserve.api.messages.endpoint import count_tokens, create_message
+from qserve.api.messages.request import MessagePrompt, MessageRequest
 from qserve.api.openapi import Operation, describe_api
 from qserve.api.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from qserve.api.responses.endpoint import create_response
+from qserve.api.responses.request import ResponseRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +65,40 @@ ENDPOINTS: tuple[Endpoint, ...] = (
             answer=("id", "object", "created", "model", "choices", "usage"),
             can_stream=True,
         ),
+    ),
+    Endpoint(
+        path="/v1/responses",
+        handler=create_response,
+        operation=Operation(
+            title="Answer items",
+            about="OpenAI's newer form of a chat. Nothing is stored: send the whole conversation as `input`, with the "
+            "calls, their results and the reasoning of earlier answers. Neighbours of one role become one message; "
+            "`developer` speaks as `system`. Reasoning comes as a `reasoning` item that holds its text. A tool is "
+            "strict where it says so. An answer that meets `max_output_tokens` is `incomplete`.",
+            body=ResponseRequest,
+            answer=("id", "object", "created_at", "model", "status", "output", "usage"),
+            can_stream=True,
+        ),
+    ),
+    Endpoint(
+        path="/v1/messages",
+        handler=create_message,
+        operation=Operation(
+            title="Answer messages in Anthropic's form",
+            about="Errors have Anthropic's body here, and keys may come as `x-api-key`. Neighbours of one role become "
+            "one message; a final message of the assistant is continued. Without `thinking` the model thinks as its "
+            "template has it; thoughts come as `thinking` blocks with an empty signature, and may be sent back. Where "
+            "`max_tokens` is more than the context has room for, the answer may end with "
+            "`model_context_window_exceeded`. Other blocks than text, thinking and tools are refused.",
+            body=MessageRequest,
+            answer=("id", "type", "role", "model", "content", "stop_reason", "stop_sequence", "usage"),
+            can_stream=True,
+        ),
+    ),
+    Endpoint(
+        path="/v1/messages/count_tokens",
+        handler=count_tokens,
+        operation=Operation(title="The length of such messages", body=MessagePrompt, answer=("input_tokens",)),
     ),
     Endpoint(
         path="/v1/embeddings",

@@ -24,18 +24,27 @@ class ApiKey:
         self._open_paths = _ALWAYS_OPEN | ({"/metrics"} if access.open_metrics else set())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._digests and scope["path"] not in self._open_paths:
-            scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not self._is_known(given.strip().encode("latin-1")):
-                message = "Incorrect API key, or none: send the header 'Authorization: Bearer KEY'."
-                await refusal(401, message, headers={"WWW-Authenticate": "Bearer"})(scope, receive, send)
-                return
+        if scope["type"] == "http" and not self._lets_in(scope):
+            message = "Incorrect API key, or none: send the header 'Authorization: Bearer KEY', or 'x-api-key: KEY'."
+            await refusal(scope, 401, message, headers={"WWW-Authenticate": "Bearer"})(scope, receive, send)
+            return
         await self._app(scope, receive, send)
+
+    def _lets_in(self, scope: Scope) -> bool:
+        if not self._digests or scope["path"] in self._open_paths:
+            return True
+        return self._is_known(_given(Headers(scope=scope)).encode("latin-1"))
 
     def _is_known(self, given: bytes) -> bool:
         # Digests have one length, every one is compared, and each in constant time: the time taken tells nothing.
         digest = _digest(given)
         return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
+
+
+def _given(headers: Headers) -> str:
+    """The key that a request brings, as OpenAI's clients send it or as Anthropic's do; an empty one is nobody's."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    return given.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
 
 
 def read_keys(access: AccessConfig) -> Collection[str]:

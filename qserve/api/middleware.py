@@ -53,9 +53,9 @@ class BodyLimit:
         declared = headers.get("content-length", "0")
         if media_type != "application/json":
             message = f"The body must be JSON, with 'Content-Type: application/json', not {media_type[:100]!r}."
-            await refusal(415, message)(scope, receive, send)
+            await refusal(scope, 415, message)(scope, receive, send)
         elif declared.isdecimal() and int(declared) > self._max_bytes:
-            await refusal(413, self._message())(scope, receive, send)
+            await refusal(scope, 413, self._message())(scope, receive, send)
         else:
             await self._app(scope, self._count(receive), send)
 

@@ -35,14 +35,37 @@ NOT_SERVED_IN_CHAT: dict[str, Neutral] = {
     "modalities": (["text"],),
     "moderation": (),
     "prediction": (),
-    "reasoning_effort": (),
     "store": (False,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
+NOT_SERVED_IN_RESPONSES: dict[str, Neutral] = {
+    **_NOT_SERVED_ANYWHERE,
+    "background": (False,),
+    "context_management": ([],),
+    "conversation": (),
+    "max_tool_calls": (),
+    "moderation": (),
+    "previous_response_id": (),
+    "prompt": (),
+    "store": (False,),
+    "stream_options": ({}, {"include_obfuscation": False}),
+    "truncation": ("disabled",),
+}
+NOT_SERVED_IN_TOKEN_COUNTS: dict[str, Neutral] = {
+    "container": (),
+    "context_management": (),
+    "diagnostics": (),
+    "inference_geo": (),
+    "mcp_servers": ([],),
+    "prefill": (),
+    "speed": ("standard",),
+}
+NOT_SERVED_IN_MESSAGES: dict[str, Neutral] = {**_NOT_SERVED_ANYWHERE, **NOT_SERVED_IN_TOKEN_COUNTS}
 # Fields that only name the caller or his bookkeeping; no answer could depend on them.
 BOOKKEEPING = frozenset(
     {
+        "cache_control",
         "metadata",
         "prompt_cache_key",
         "prompt_cache_options",

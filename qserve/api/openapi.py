@@ -114,6 +114,6 @@ def _nullable(field: dict[str, Any]) -> dict[str, Any]:
 
 def kinds_of(field: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The alternatives of a field, but for null."""
-    for kind in field.get("anyOf", (field,)):
+    for kind in field.get("anyOf") or field.get("oneOf") or (field,):
         if kind.get("type") != "null":
             yield kind

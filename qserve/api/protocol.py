@@ -5,17 +5,19 @@ vLLM has and that is not served here is refused, unless its value asks for nothi
 """
 
 from dataclasses import replace
-from typing import Annotated, Any, Self, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, from_json
 
+from qserve.api.content import texts_of
 from qserve.api.not_served import (
     BOOKKEEPING,
     NOT_SERVED_IN_CHAT,
     NOT_SERVED_IN_COMPLETIONS,
     refuse_what_is_not_served,
 )
+from qserve.api.sampling import SamplingRequest, Stops
 from qserve.api.structured import Rules, StructuredRequest
 from qserve.api.tools import Tool, ToolRequest
 from qserve.api.wire import Wire
@@ -25,8 +27,6 @@ from qserve.generation import GenerationOptions
 
 _LONGEST_ECHO = 80
 _MAX_PROMPTS = 1024
-_MAX_STOPS = 64
-_MAX_STOP_LENGTH = 1000
 
 
 def _check_prompt(value: Any) -> Any:
@@ -51,62 +51,24 @@ def _is_id_list(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
-def _check_stop(value: Any) -> Any:
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise ValueError("expected a string or a list of strings")
-    if len(stops) > _MAX_STOPS or any(not 0 < len(stop) <= _MAX_STOP_LENGTH for stop in stops):
-        raise ValueError(f"at most {_MAX_STOPS} stop strings are taken, each of 1 to {_MAX_STOP_LENGTH} characters")
-    return stops
-
-
-def _check_bias(value: Any) -> Any:
-    """OpenAI writes token ids as strings here, for JSON has no other keys."""
-    if not isinstance(value, dict) or not all(key.isdecimal() and len(key) < 12 for key in value):
-        raise ValueError("expected an object from token ids to numbers")
-    return {int(key): bias for key, bias in value.items()}
-
-
-Bias: TypeAlias = Annotated[float, Field(ge=-100, le=100)]
-
-
 class StreamOptions(Wire):
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
-class GenerationRequest(StructuredRequest):
+class GenerationRequest(SamplingRequest, StructuredRequest):
     """What completions and chat share."""
 
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int = Field(1, ge=1, le=128)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, ge=0, le=1)
-    top_k: int = Field(0, ge=-1)
-    min_p: float = Field(0.0, ge=0, le=1)
-    typical_p: float = Field(1.0, gt=0, le=1)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    logit_bias: Annotated[dict[int, Bias], BeforeValidator(_check_bias, json_schema_input_type=dict[str, Bias])] = (
-        Field({})
-    )
-    allowed_token_ids: list[int] | None = Field(None, min_length=1)
-    stop: Annotated[list[str], BeforeValidator(_check_stop, json_schema_input_type=str | list[str])] = Field([])
-    stop_token_ids: list[int] = Field([])
+    stop: Stops = Field([])
     include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
-    min_tokens: int = Field(0, ge=0)
-    skip_special_tokens: bool = True
     truncate_prompt_tokens: int | None = Field(None, ge=1)
     prompt_logprobs: int | None = Field(None, ge=0, le=20)
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
-    priority: int = Field(0, ge=-(2**31), lt=2**31)
-    timeout: float | None = Field(None, gt=0, allow_inf_nan=False)  # seconds; what there is by then is the answer
 
     @model_validator(mode="after")
     def _check_streaming(self) -> Self:
@@ -115,31 +77,6 @@ class GenerationRequest(StructuredRequest):
         if self.stream and self.prompt_logprobs is not None:
             raise InvalidRequest("prompt_logprobs cannot be streamed.", param="prompt_logprobs")
         return self
-
-    def sampling(self, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
-        if self.min_tokens > max_tokens:
-            raise InvalidRequest(
-                f"min_tokens is {self.min_tokens}, more than the {max_tokens} tokens that may be made.",
-                param="min_tokens",
-            )
-        return SamplingParams(
-            max_tokens=max_tokens,
-            min_tokens=self.min_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=max(self.top_k, 0),
-            min_p=self.min_p,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            repetition_penalty=self.repetition_penalty,
-            typical_p=self.typical_p,
-            logit_bias=self.logit_bias,
-            allowed_token_ids=None if self.allowed_token_ids is None else frozenset(self.allowed_token_ids),
-            seed=self.seed,
-            stop_token_ids=frozenset(self.stop_token_ids),
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-        )
 
     def options(
         self,
@@ -181,22 +118,6 @@ class CompletionRequest(GenerationRequest):
         return self
 
 
-class _TextPart(Wire):
-    type: str
-    text: str = ""
-
-
-def _join_parts(value: Any) -> Any:
-    """Content in parts, as one text: models that read text see it as if it had been sent so."""
-    if not isinstance(value, list):
-        return value
-    parts = [_TextPart.model_validate(part) for part in value]
-    other = next((part.type for part in parts if part.type != "text"), None)
-    if other is not None:
-        raise ValueError(f"this model reads text alone: a content part of type {other[:_LONGEST_ECHO]!r} was sent")
-    return "\n".join(part.text for part in parts)
-
-
 def _read_arguments(value: Any) -> Any:
     """Templates want the arguments of earlier calls as objects; OpenAI's clients send them as text."""
     if not isinstance(value, str):
@@ -226,10 +147,11 @@ class ChatMessage(Wire):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
     role: str = Field(min_length=1, max_length=100)
-    content: Annotated[
-        str | None, BeforeValidator(_join_parts, json_schema_input_type=str | list[_TextPart] | None)
-    ] = None
+    content: Annotated[str | None, texts_of("text", optional=True)] = None
     tool_calls: list[_ToolCall] | None = None
+
+
+Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class ChatRequest(ToolRequest, GenerationRequest):
@@ -243,6 +165,7 @@ class ChatRequest(ToolRequest, GenerationRequest):
     add_generation_prompt: bool | None = None  # by default, unless the final message is to be continued
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = Field({})
+    reasoning_effort: Effort | None = None  # where the template can be told
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:
@@ -295,17 +218,22 @@ def parse(kind: type[T], body: bytes) -> tuple[T, list[str]]:
     if not isinstance(fields, dict):
         raise InvalidRequest(f"The body must be a JSON object, not {type(fields).__name__}.")
     refuse_what_is_not_served(fields, kind.not_served)
-    try:
-        request = kind.model_validate(fields)
-    except ValidationError as error:
-        raise _as_invalid_request(error.errors(include_url=False)[0]) from error
+    request = validate(kind, fields)
     known = kind.model_fields.keys() | kind.not_served.keys() | BOOKKEEPING
     return request, sorted(fields.keys() - known)
 
 
+def validate(kind: type[T], fields: dict[str, Any]) -> T:
+    """A request of that kind from its fields; raises InvalidRequest for the first that is not as it should be."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _as_invalid_request(error.errors(include_url=False)[0]) from error
+
+
 def _as_invalid_request(details: ErrorDetails) -> InvalidRequest:
     """pydantic's first complaint in one line, with the field's name as OpenAI writes it: messages[0].content."""
-    path = [step for step in details["loc"] if not str(step).startswith(("function-", "list[", "dict["))]
+    path = [step for step in details["loc"] if not str(step).startswith(("function-", "list[", "dict[", "<"))]
     param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
     message = details["msg"].removeprefix("Value error, ")
     if details["type"] == "missing":

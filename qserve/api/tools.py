@@ -1,7 +1,7 @@
 """Tools as clients offer them, and replies as clients read them: reasoning, text and calls apart."""
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, Self
 
@@ -12,21 +12,23 @@ from qserve.errors import InvalidRequest
 from qserve.generation import Prompt
 from qserve.llm import LLM
 from qserve.text.grammar import GrammarSource, from_grammar
+from qserve.text.pieces import Part
 from qserve.text.reasoning import ReasoningFormat, ReplyParser, find_reasoning_format
 from qserve.text.tools import CallParser, ToolFormat, call_grammar, find_tool_format
 
+FUNCTION_NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
 _MAX_TOOLS = 512
 _ID_LENGTH = 24
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 _CHOICES = ("none", "auto", "required")
 
 
-class _Function(Wire):
+class Function(Wire):
     """The template sees what was sent, unknown fields included."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    name: str = Field(pattern=FUNCTION_NAME)
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool = False
@@ -40,7 +42,7 @@ class Tool(Wire):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
     type: Literal["function"]
-    function: _Function
+    function: Function
 
 
 class NamedTool(Wire):
@@ -151,13 +153,21 @@ class ReplyForm:
         )
         return from_grammar(lark, param="tools")
 
-    def make_writer(self) -> "ReplyWriter":
+    def make_parser(self) -> ReplyParser:
         calls = None if self.tools is None else CallParser(self.tools, names=self.names)
-        parser = ReplyParser(reasoning=self.reasoning, is_open=self.is_reasoning_open, calls=calls)
-        id_length = self.tools.id_length if self.tools else None
-        return ReplyWriter(
-            parser, max_calls=self.max_calls, with_reasoning=self.with_reasoning, make_id=lambda: _make_id(id_length)
-        )
+        return ReplyParser(reasoning=self.reasoning, is_open=self.is_reasoning_open, calls=calls)
+
+    def shows(self, part: Part) -> bool:
+        """Whether the client is to see it."""
+        if part.kind == "call":
+            return self.max_calls is None or part.index < self.max_calls
+        return part.kind == "text" or self.with_reasoning
+
+    def make_id(self) -> str:
+        """A call's. Some templates insist on a number of letters and digits; OpenAI's own begin with call_."""
+        digits = secrets.token_hex(_ID_LENGTH)
+        length = self.tools.id_length if self.tools else None
+        return digits[:length] if length else f"call_{digits[:_ID_LENGTH]}"
 
 
 def find_reply_form(llm: LLM, wanted: ToolRequest, prompt: Prompt, *, is_structured: bool) -> ReplyForm | None:
@@ -199,29 +209,25 @@ class PlainReply:
 
 
 def make_reply(form: ReplyForm | None) -> Reply:
-    return PlainReply() if form is None else form.make_writer()
+    return PlainReply() if form is None else ReplyWriter(form)
 
 
 class ReplyWriter:
     """A reply that has reasoning or calls beside its text."""
 
-    def __init__(
-        self, parser: ReplyParser, *, max_calls: int | None, with_reasoning: bool, make_id: Callable[[], str]
-    ) -> None:
-        self._parser = parser
-        self._max_calls = max_calls
-        self._with_reasoning = with_reasoning
-        self._make_id = make_id
+    def __init__(self, form: ReplyForm) -> None:
+        self._form = form
+        self._parser = form.make_parser()
 
     def delta(self, text: str, *, is_end: bool) -> dict[str, Any]:
         """What the client is told when this text has arrived; nothing where it is not certain what the text is."""
         delta: dict[str, Any] = {}
-        for part in self._parser.feed(text) + (self._parser.finish() if is_end else []):
+        for part in filter(self._form.shows, self._parser.feed(text) + (self._parser.finish() if is_end else [])):
             if part.kind == "text":
                 delta["content"] = delta.get("content", "") + part.text
-            elif part.kind == "reasoning" and self._with_reasoning:
+            elif part.kind == "reasoning":
                 delta["reasoning_content"] = delta.get("reasoning_content", "") + part.text
-            elif part.kind == "call" and (self._max_calls is None or part.index < self._max_calls):
+            else:
                 self._add_call(delta.setdefault("tool_calls", []), part.index, part.name, part.text)
         return delta
 
@@ -240,14 +246,8 @@ class ReplyWriter:
     def _add_call(self, calls: list[dict[str, Any]], index: int, name: str | None, text: str) -> None:
         if name is not None:
             function = {"name": name, "arguments": text}
-            calls.append({"index": index, "id": self._make_id(), "type": "function", "function": function})
+            calls.append({"index": index, "id": self._form.make_id(), "type": "function", "function": function})
         elif calls and calls[-1]["index"] == index:
             calls[-1]["function"]["arguments"] += text
         else:
             calls.append({"index": index, "function": {"arguments": text}})
-
-
-def _make_id(length: int | None) -> str:
-    """Some templates insist on a number of letters and digits; OpenAI's own begin with call_."""
-    digits = secrets.token_hex(_ID_LENGTH)
-    return digits[:length] if length else f"call_{digits[:_ID_LENGTH]}"

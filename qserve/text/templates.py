@@ -22,7 +22,6 @@ from qserve.text.tokenizer import SpecialTokens
 
 Message = Mapping[str, Any]
 _LONGEST_QUOTE = 500
-_TOOLS = re.compile(r"\btools\b")
 # Written after the text to be continued, with a space behind it, and cut off with all that the template put there. When
 # the space is gone the template trims messages, and so it would have trimmed the text before the mark.
 _CONTINUE_HERE = "|continue-final-message|"
@@ -42,7 +41,11 @@ class ChatTemplate:
     @property
     def takes_tools(self) -> bool:
         """Whether tools that are given to it stand in the prompt."""
-        return _TOOLS.search(self.tool_source) is not None
+        return _names(self.tool_source, "tools")
+
+    def takes(self, variable: str) -> bool:
+        """Whether it makes a difference to the prompt what this variable is."""
+        return _names(self.source, variable)
 
     def render(
         self,
@@ -90,6 +93,10 @@ def _read_sources(directory: Path) -> dict[str, str]:
     if (directory / "chat_template.jinja").is_file():
         sources["default"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
     return sources
+
+
+def _names(source: str, variable: str) -> bool:
+    return re.search(rf"\b{variable}\b", source) is not None
 
 
 def _mark_end(messages: Sequence[Message]) -> list[Message]:

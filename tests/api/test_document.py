@@ -21,6 +21,9 @@ FILE = Path(__file__).parent.parent.parent / "docs" / "api.md"
 MINIMAL: dict[str, dict[str, Any]] = {
     "CompletionRequest": {"prompt": "x"},
     "ChatRequest": {"messages": [{"role": "user", "content": "x"}]},
+    "ResponseRequest": {"input": "x"},
+    "MessageRequest": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4},
+    "MessagePrompt": {"messages": [{"role": "user", "content": "x"}]},
     "EmbeddingRequest": {"input": "x"},
     "ScoreRequest": {"items": "x", "label_token_ids": [1]},
     "TokenizeRequest": {"prompt": "x"},
@@ -31,6 +34,13 @@ BODIES = [endpoint.operation.body for endpoint in ENDPOINTS if endpoint.operatio
 
 def test_the_file_is_up_to_date() -> None:
     assert FILE.read_text() == document(), "write it anew: python -m qserve.api.document > docs/api.md"
+
+
+def test_no_two_schemas_have_one_name() -> None:
+    seen: dict[str, Any] = {}
+    for body in BODIES:
+        for name, schema in request_schemas(body).items():
+            assert seen.setdefault(name, schema) == schema, name
 
 
 def references(value: Any) -> Iterator[str]:

@@ -29,7 +29,9 @@ from bench.watch import read, wait_until_idle
 
 _SERVED = ("/completions", "/chat/completions", "/models", "/models/{model}", "/embeddings", "/responses")
 _TIMEOUT = 120  # longer than any answer takes with so small a context: what takes longer hangs
-_MOST_CHOICES = 4
+_MOST = {"n": 4, "best_of": 4, "max_tokens": 16, "max_completion_tokens": 16, "max_output_tokens": 16}
+# What says how long an answer may be, where it may be as long as the context by default.
+_LENGTHS = {"/v1/chat/completions": "max_completion_tokens", "/v1/responses": "max_output_tokens"}
 _SMALL = ("--max-model-len", "256")
 _GET_SHARE = 0.02  # of the requests of a document: there is little to vary
 
@@ -66,7 +68,7 @@ class Fuzzer:
 
     def send(self, case: Any, *, is_tame: bool) -> None:
         if is_tame:
-            case.body = _tame(case.body, self._model)
+            case.body = _tame(case.body, self._model, path=case.operation.path)
         start = time.perf_counter()
         label = f"{case.method.upper()} {case.operation.path}"
         self.num_sent += 1
@@ -83,14 +85,15 @@ class Fuzzer:
             self.failures.append(f"{label}: {response.status_code} {response.text[:200]}: {_show(case.body)}")
 
 
-def _tame(body: Any, model: str) -> Any:
+def _tame(body: Any, model: str, *, path: str) -> Any:
     """The same body, for the model that is served and cheap to answer, so that what is behind the checks is reached."""
     if not isinstance(body, dict):
         return body
     bounded = {
-        name: min(value, _MOST_CHOICES) if name in ("n", "best_of") and type(value) is int else value
-        for name, value in body.items()
+        name: min(value, _MOST[name]) if name in _MOST and type(value) is int else value for name, value in body.items()
     }
+    if path in _LENGTHS:
+        bounded.setdefault(_LENGTHS[path], 16)
     return {**bounded, "model": model}
 
 

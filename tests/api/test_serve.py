@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -62,6 +63,12 @@ class Process:
 
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
+
+    def leave_memory(self, *, mib: int) -> None:
+        """Lets the process have no more than this beside what it has."""
+        pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + mib * 2**20
+        resource.prlimit(self._process.pid, resource.RLIMIT_AS, (limit, limit))
 
     def wait(self) -> int:
         status = self._process.wait(timeout=60)
@@ -171,3 +178,20 @@ def test_a_server_whose_engine_has_died_ends_and_says_so(tokenizer_directory: Pa
         thread.join(timeout=30)
     assert not thread.is_alive()
     assert server.engine_has_died
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="takes a running process its memory away as Linux can")
+def test_a_process_whose_engine_has_died_ends(tmp_path: Path) -> None:
+    """Whoever streams or waits is told, and the process ends by itself, not with 0."""
+    wide = tiny.make_checkpoint(tmp_path / "wide", intermediate_size=32768)  # a prompt takes more than what is left
+    with process(str(wide), "--kernels", "reference", "--threads", "1") as running:
+        url = running.wait_until_ready()
+        reader = Reader(url)
+        wait_until(lambda: len(reader.frames) > 3)
+        running.leave_memory(mib=32)
+        response = httpx.post(url + "/v1/completions", json={"prompt": [5] * 400}, timeout=60)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_dead")
+        *_, last = reader.finish()
+        assert last["error"]["code"] == "engine_dead"
+        assert running.wait() == 1
+        assert "the engine thread has ended" in running.printed

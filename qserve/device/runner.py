@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qserve.device.batch import make_batch
+from qserve.device.batch import DecodeBatches, make_batch
 from qserve.device.kv_cache import CacheShape, KVCache, block_bytes
 from qserve.device.sampler import Sampler, logprobs_at, logprobs_of
 from qserve.engine.request import Chunk, Request, Sampled, SamplingParams, TokenLogprob
@@ -50,6 +50,7 @@ class ModelRunner:
         self._cache = cache
         self._device = device
         self._sampler = sampler or Sampler()
+        self._decode_batches = DecodeBatches(block_size=cache.block_size)
 
     @property
     def memory(self) -> MemoryFacts:
@@ -71,18 +72,23 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> list[Sampled]:
         """Compute the chunks, and a token for each that reaches its request's end; answers in the same order."""
-        batch = make_batch(chunks, block_size=self._cache.block_size, device=self._device)
+        batch = self._make_batch(chunks)
         hidden = self._model.forward(batch, self._cache)
         tokens = iter(self._sample(hidden, batch, [chunk.request for chunk in chunks if chunk.is_last]))
         answers = []
         row = 0
         for chunk in chunks:
             token_id, logprobs = next(tokens) if chunk.is_last else (None, ())
-            rows = hidden[row : row + chunk.num_tokens]
-            prompt, pooled = self._prompt_logprobs(chunk, rows), self._pool(chunk, rows)
+            prompt, pooled = self._score(chunk, hidden, row)
             answers.append(Sampled(token_id=token_id, logprobs=logprobs, prompt_logprobs=prompt, pooled=pooled))
             row += chunk.num_tokens
         return answers
+
+    def _make_batch(self, chunks: list[Chunk]) -> Batch:
+        is_decode = bool(chunks) and all(chunk.end - chunk.start == 1 and chunk.is_last for chunk in chunks)
+        if is_decode and self._device.type == "cpu":
+            return self._decode_batches.make(chunks)
+        return make_batch(chunks, block_size=self._cache.block_size, device=self._device)
 
     def warm_up(self, *, max_tokens: int) -> None:
         """One long chunk and one short one, so that the first request finds scratch memory and threads in place.
@@ -100,7 +106,8 @@ class ModelRunner:
     ) -> list[tuple[int | None, tuple[TokenLogprob, ...]]]:
         if not requests:
             return []
-        logits = self._model.logits(hidden[batch.sample_rows])
+        samples_all = len(requests) == len(hidden)
+        logits = self._model.logits(hidden if samples_all else hidden[batch.sample_rows])
         tokens = self._sampler.sample(logits, requests)
         wanted = {
             row: token
@@ -115,6 +122,16 @@ class ModelRunner:
             for row, count, each in zip(wanted, counts, found, strict=True):
                 logprobs[row] = each[: count + 1] + logprobs_at(logits[row], requests[row].params.logprob_token_ids)
         return list(zip(tokens, logprobs, strict=True))
+
+    def _score(
+        self, chunk: Chunk, hidden: Tensor, row: int
+    ) -> tuple[tuple[tuple[TokenLogprob, ...], ...], tuple[float, ...]]:
+        """The prompt's log-probabilities and the pooled states, where they are asked for."""
+        params = chunk.request.params
+        if params.prompt_logprobs is None and params.pooled_from is None:
+            return (), ()
+        rows = hidden[row : row + chunk.num_tokens]
+        return self._prompt_logprobs(chunk, rows), self._pool(chunk, rows)
 
     def _pool(self, chunk: Chunk, hidden: Tensor) -> tuple[float, ...]:
         first, end = chunk.request.params.pooled_from, min(chunk.end, chunk.request.num_prompt_tokens)

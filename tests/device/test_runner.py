@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qserve.device import runner as runner_module
-from qserve.device.batch import make_batch
+from qserve.device.batch import DecodeBatches, make_batch
 from qserve.device.decoder import Decoder
 from qserve.device.runner import ModelRunner
 from qserve.engine.request import Chunk, Request, Sampled, SamplingParams
@@ -66,6 +66,25 @@ def test_the_table_is_as_wide_as_the_longest() -> None:
     ]
     batch = make_batch(chunks, block_size=4, device=CPU)
     assert batch.block_tables.tolist() == [[9, 4, 7], [3, 0, 0]]
+
+
+def test_batches_written_in_place_are_those_made_anew() -> None:
+    """More rows and fewer, more blocks and fewer, than in the step before."""
+    batches = DecodeBatches(block_size=4)
+    for step, (rows, length) in enumerate(((1, 3), (3, 17), (200, 5), (2, 40), (2, 41), (5, 1), (70, 9))):
+        requests = [_request(prompt(length + row % 3, seed=step)) for row in range(rows)]
+        chunks = [
+            Chunk(request=request, start=request.num_tokens - 1, end=request.num_tokens, block_ids=_blocks(step + row))
+            for row, request in enumerate(requests)
+        ]
+        expected, batch = make_batch(chunks, block_size=4, device=CPU), batches.make(chunks)
+        for name in ("token_ids", "positions", "slots", "query_starts", "context_lens", "sample_rows"):
+            assert torch.equal(getattr(batch, name), getattr(expected, name)), name
+            assert getattr(batch, name).dtype == getattr(expected, name).dtype
+        width = expected.block_tables.shape[1]
+        assert torch.equal(batch.block_tables[:, :width], expected.block_tables)
+        assert not batch.block_tables[:, width:].any()
+        assert (batch.chunk_tokens, batch.chunk_ends) == (expected.chunk_tokens, expected.chunk_ends)
 
 
 def test_only_a_last_chunk_is_answered_with_a_token(model: Decoder) -> None:

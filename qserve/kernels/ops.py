@@ -101,7 +101,7 @@ class Batch:
     """The chunks of one step as flat tensors: chunk c has the rows [query_starts[c], query_starts[c + 1]).
 
     Its tokens are the last of context_lens[c] tokens, all of which stand in the blocks of block_tables[c] once
-    `rotate_and_store` has run. A table is as wide as the longest or wider; past a chunk's own blocks it is 0 and unread.
+    `rotate_and_store` has run. A table is as wide as the longest or wider; past a chunk's own blocks it is 0, unread.
     """
 
     token_ids: Tensor  # (tokens,), int64

@@ -19,6 +19,7 @@ from qserve.quant.read import read_tensor
 from qserve.quant.recipe import activation_of
 from qserve.quant.tensors import make_tensor
 from qserve.quant.weight import ActivationQuantization, QuantizedWeight
+from training.artifact import values_of
 from training.qat.activations import ActivationRounder
 from training.qat.grids import Grid, Rounded, choose_ranges, grid_of, round_weight
 from training.qat.sharding import own_rows
@@ -109,9 +110,10 @@ class WeightRounder(nn.Module):
     @torch.no_grad()
     def round(self, merged: Tensor) -> Rounded:
         self.num_roundings += 1
-        parts = self.ranges.parts() if self.ranges is not None else {}
-        rounded = round_weight(merged.to(self.dtype), self.grid, wants_inside=self.ranges is not None, **parts)
-        return Rounded(values=rounded.values.to(_compute_dtype(merged)), inside=rounded.inside)
+        parts: dict[str, Any] = self.ranges.parts() if self.ranges is not None else {}
+        wants_inside = self.ranges is not None
+        dtype = _compute_dtype(merged)
+        return round_weight(merged.to(self.dtype), self.grid, wants_inside=wants_inside, dtype=dtype, **parts)
 
     def forget(self) -> None:
         """Let the kept values go."""
@@ -216,7 +218,7 @@ def _require_exact_layer(name: str, weight: Tensor, config: Json, plan: Plan) ->
 
 
 def converted_values(name: str, weight: Tensor, config: Json, parts: Mapping[str, Tensor]) -> Tensor:
-    """What the tensor of a weight gives back."""
+    """What the tensor of a weight stands for."""
     read = read_tensor(name, make_tensor(weight, config, **parts))
     assert isinstance(read, QuantizedWeight)
-    return read.dequantize()
+    return values_of(read)

@@ -11,14 +11,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from qserve.checkpoint.save import save
 from qserve.errors import UsageError
 from qserve.quant.apply import Report, convert_qat
-from qserve.quant.read import read_tensor
-from qserve.quant.weight import ActivationQuantization, QuantizedWeight
-from training.artifact import round_inputs
+from training.artifact import cast, make_measurable
 from training.config import Finalize, TrainOptions, without_dtype
 from training.data import windows
 from training.destination import require_absent, require_space
@@ -106,7 +104,7 @@ def finish(run: Run, *, step: int | None, console: Console) -> Trained:
         measured |= {"trained": score(trainee.model, held_out).loss}
     provenance = _provenance(run, state)
     if trainee.plan is None:
-        _cast(trainee.model, trainee.dtype)
+        cast(trainee.model, trainee.dtype)
         return Trained(tensors=trainee.model.state_dict(), report=None, provenance={**provenance, "loss": measured})
     report, tensors = _convert(trainee)
     with console.status("measuring the loss of the artifact"):
@@ -142,26 +140,13 @@ def _convert(trainee: Trainee) -> tuple[Report, dict[str, Tensor]]:
     assert trainee.plan is not None
     parts = {name: rounder.ranges.parts() for name, rounder in trainee.rounders.items() if rounder.ranges is not None}
     trained = {name: rounder.round(trainee.weight(name)).values for name, rounder in trainee.rounders.items()}
-    _cast(trainee.model, trainee.dtype)
+    cast(trainee.model, trainee.dtype)
     report = convert_qat(trainee.model, trainee.plan, parts=parts)
     tensors = {name: tensor.detach() for name, tensor in trainee.model.state_dict().items()}
-    kinds: dict[str, ActivationQuantization] = {}
+    make_measurable(trainee.model)
     for name, values in trained.items():
-        weight = read_tensor(name, tensors[f"{name}.weight"])
-        assert isinstance(weight, QuantizedWeight)
-        found = weight.dequantize().float()
-        assert torch.equal(found, values.float()), f"{name} was not converted to what was trained"
-        trainee.model.get_submodule(name).weight = nn.Parameter(found, requires_grad=False)
-        kinds[name] = weight.activation
-    _cast(trainee.model, torch.float32)
-    round_inputs(trainee.model, kinds)
+        assert torch.equal(trainee.weight(name), values), f"{name} was not converted to what was trained"
     return report, tensors
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters alone: buffers such as the rotary frequencies stay as exact as they are."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
 
 
 def _held_out(run: Run) -> Tensor:

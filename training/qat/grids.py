@@ -1,8 +1,9 @@
 """Rounding a weight to the values that its quantized tensor will hold, in few passes over memory.
 
 A grid says, for one torchao config, which values a weight may take. Its rounding repeats the arithmetic of the tensor
-that `qserve.quant.tensors.make_tensor` builds, operation by operation, in the dtype of the artifact: the values are
-equal to the last bit, which `check` in `fake.py` proves before a run begins. Knows no modules and no gradients.
+that `qserve.quant.tensors.make_tensor` builds, operation by operation, in the dtype of the artifact: codes and scales
+are equal to the last bit, which `require_exact` in `fake.py` proves before a run begins. Knows no modules and no
+gradients.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ _SHARES = tuple(step / 20 for step in range(22, 9, -1))
 class Rounded:
     """Values on the grid, and where the weight lay within its range (for learned ranges)."""
 
-    values: Tensor  # (out_features, in_features), of the weight's dtype
+    values: Tensor  # (out_features, in_features)
     inside: Tensor | None = None  # the same shape, bool
 
 
@@ -53,11 +54,13 @@ class SymmetricGrid:
     def cast(self, scales: Tensor, dtype: torch.dtype) -> Tensor:
         return scales.float() if self.keeps_float32_scales else scales.to(dtype)
 
-    def round(self, groups: Tensor, scales: Tensor, _: Tensor | None, *, wants_inside: bool) -> Rounded:
+    def round(
+        self, groups: Tensor, scales: Tensor, _: Tensor | None, *, wants_inside: bool, dtype: torch.dtype
+    ) -> Rounded:
         codes = groups.mul(scales.reciprocal().unsqueeze(-1)).round_()
         inside = _between(codes, *self.bounds) if wants_inside else None
-        values = codes.clamp_(*self.bounds).mul_(scales.unsqueeze(-1)).to(groups.dtype)
-        return Rounded(values=values, inside=inside)
+        codes = codes.clamp_(*self.bounds).to(torch.promote_types(codes.dtype, dtype))
+        return Rounded(values=codes.mul_(scales.unsqueeze(-1)), inside=inside)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +81,9 @@ class MinimumGrid:
     def cast(self, scales: Tensor, dtype: torch.dtype) -> Tensor:
         return scales.to(dtype)
 
-    def round(self, groups: Tensor, scales: Tensor, offsets: Tensor | None, *, wants_inside: bool) -> Rounded:
+    def round(
+        self, groups: Tensor, scales: Tensor, offsets: Tensor | None, *, wants_inside: bool, dtype: torch.dtype
+    ) -> Rounded:
         assert offsets is not None
         step, center = scales.float().unsqueeze(-1), offsets.float().unsqueeze(-1)
         floor = center - 8 * step
@@ -86,8 +91,7 @@ class MinimumGrid:
             floor = groups.amin(-1, keepdim=True)  # exact, where the offset keeps it only rounded
         codes = groups.float().sub(floor).div_(step).round_()
         inside = _between(codes, 0, 15) if wants_inside else None
-        values = codes.clamp_(0, 15).sub_(8).mul_(step).add_(center).to(groups.dtype)
-        return Rounded(values=values, inside=inside)
+        return Rounded(values=codes.clamp_(0, 15).sub_(8).mul_(step).add_(center), inside=inside)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,10 +110,12 @@ class Float8Grid:
     def cast(self, scales: Tensor, _: torch.dtype) -> Tensor:
         return scales.float()
 
-    def round(self, groups: Tensor, scales: Tensor, _: Tensor | None, *, wants_inside: bool) -> Rounded:
+    def round(
+        self, groups: Tensor, scales: Tensor, _: Tensor | None, *, wants_inside: bool, dtype: torch.dtype
+    ) -> Rounded:
         limit = torch.finfo(torch.float8_e4m3fn).max
         codes = groups.float().div(scales.unsqueeze(-1)).clamp_(-limit, limit).to(torch.float8_e4m3fn)
-        return Rounded(values=codes.float().mul_(scales.unsqueeze(-1)).to(groups.dtype))
+        return Rounded(values=codes.float().mul_(scales.unsqueeze(-1)))
 
 
 Grid = SymmetricGrid | MinimumGrid | Float8Grid
@@ -128,17 +134,21 @@ def round_weight(
     scales: Tensor | None = None,
     offsets: Tensor | None = None,
     wants_inside: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Rounded:
-    """The weight (out_features, in_features) on its grid; scales and offsets (out_features, groups) where given."""
+    """The weight (out_features, in_features) on its grid; scales and offsets (out_features, groups) where given.
+
+    The values are of `dtype`: float32 holds code times scale as it is, a narrower one what is multiplied in it.
+    """
     rows, columns = weight.shape
-    values = torch.empty_like(weight)
+    values = torch.empty_like(weight, dtype=dtype)
     inside = torch.empty_like(weight, dtype=torch.bool) if wants_inside else None
     step = max(1, _BLOCK // columns)
     for begin in range(0, rows, step):
         block = slice(begin, begin + step)
         groups = weight[block].reshape(-1, columns // (grid.group_size or columns), grid.group_size or columns)
         chosen = grid.choose(groups) if scales is None else (scales[block], None if offsets is None else offsets[block])
-        rounded = grid.round(groups, *chosen, wants_inside=wants_inside)
+        rounded = grid.round(groups, *chosen, wants_inside=wants_inside, dtype=dtype)
         values[block] = rounded.values.view(-1, columns)
         if inside is not None and rounded.inside is not None:
             inside[block] = rounded.inside.view(-1, columns)
@@ -155,9 +165,8 @@ def choose_ranges(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
     best, least = widest.clone(), torch.full_like(widest, torch.inf, dtype=torch.float32)
     for share in torch.arange(1.0, 0.49, -0.05).tolist():
         scales = grid.cast(widest * share, weight.dtype)
-        error = (
-            (grid.round(groups, scales, offsets, wants_inside=True).values.float() - groups.float()).square().sum(-1)
-        )
+        found = grid.round(groups, scales, offsets, wants_inside=True, dtype=torch.float32).values
+        error = (found - groups.float()).square().sum(-1)
         is_better = error < least
         best, least = torch.where(is_better, scales, best), torch.where(is_better, error, least)
     return best, offsets

@@ -60,7 +60,7 @@ def build_llm(
             _log.warning("%s", warning)
     with clock.measure("tokenizer"):
         tokenizer = load_tokenizer(checkpoint.home)
-        template = load_chat_template(checkpoint.home, tokenizer.special)
+        template = load_chat_template(checkpoint.home, tokenizer.special, file=server.chat_template)
     with clock.measure("kernels"):
         ops, kernels = _make_ops(device, where)
     with clock.measure("weights"):

@@ -67,6 +67,10 @@ class ServerConfig:
     served_model_name: tuple[str, ...] = option(
         (), "name clients ask for; several may be given, and answers carry the first; by default the model's own"
     )
+    chat_template: str = option("", "file with a chat template (Jinja), in place of the model's own")
+    ping_seconds: float = option(
+        0.0, "send a comment this often in streams, for proxies that cut silent ones; 0 sends none", least=0
+    )
     drain_seconds: float = option(30.0, "on SIGTERM, how long running requests may take to finish", least=0)
     ssl_certfile: str = option("", "certificate chain, PEM; with it the server speaks TLS alone")
     ssl_keyfile: str = option("", "private key of the certificate, PEM, unless it stands in the same file")

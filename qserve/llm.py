@@ -26,6 +26,7 @@ from qserve.errors import (
 from qserve.generation import Deadline, GenerationOptions, Prompt, TextAssembler, TextDelta
 from qserve.metrics import Metrics, Outcome
 from qserve.text.grammar import Grammar, GrammarCompiler, GrammarSource
+from qserve.text.infill import infill
 from qserve.text.templates import ChatTemplate, Message
 from qserve.text.tokenizer import Tokenizer
 
@@ -86,6 +87,15 @@ class LLM:
                 f"which are {num_tokens} tokens at the very least. Shorten it.",
                 param="prompt",
             )
+
+    def infill(self, prompt: Prompt, suffix: str) -> Prompt:
+        """A prompt that asks for what stands between it and the suffix."""
+        suffix_ids = self.tokenizer.encode(suffix, add_special_tokens=False)
+        ids = infill(prompt.ids, suffix_ids, token_to_id=self.tokenizer.token_to_id)
+        if ids is None:
+            message = f"{self.info.name} has no tokens for a text to be filled in: leave suffix out."
+            raise InvalidRequest(message, param="suffix")
+        return Prompt(ids=ids)
 
     def check_ids(self, ids: Sequence[int]) -> Prompt:
         """A prompt from token ids, taken as they are."""

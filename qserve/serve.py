@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     engine, device = read_options(arguments, EngineConfig, file=file), read_options(arguments, DeviceConfig, file=file)
     model = read_options(arguments, ModelConfig, file=file).model or None
     service = Service()
-    app = make_app(service, access=access, limits=limits)
+    app = make_app(service, access=access, limits=limits, ping_seconds=config.ping_seconds)
     server = Server(app, service, config, receive_seconds=limits.receive_seconds)
     listening = listen(config)
     loader = _Loader(model, service, configs=(config, engine, device))

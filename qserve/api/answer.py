@@ -105,7 +105,8 @@ async def answer(request: Request, plan: Plan, writer: Writer, *, unknown_fields
         generations = plan.start(held, deadline=find_deadline(plan.wanted.timeout, request.app.state.limits))
         note_generations(request.scope, generations)
         if plan.wanted.stream:
-            return EventStream(writer.stream(generations), held.pop_all(), headers)
+            ping_seconds = request.app.state.ping_seconds
+            return EventStream(writer.stream(generations), held.pop_all(), headers, ping_seconds=ping_seconds)
         return JSONResponse(await unless_gone(request.receive, writer.collect(generations)), headers=headers)
 
 

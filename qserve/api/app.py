@@ -28,7 +28,13 @@ _ROUTES = [
 ]
 
 
-def make_app(service: Service, *, access: AccessConfig | None = None, limits: LimitsConfig | None = None) -> Starlette:
+def make_app(
+    service: Service,
+    *,
+    access: AccessConfig | None = None,
+    limits: LimitsConfig | None = None,
+    ping_seconds: float = 0,
+) -> Starlette:
     """The application over a service that may still be loading its model."""
     # sse-starlette hooks itself into uvicorn's exit and would cut every stream at once on SIGTERM. Streams end when
     # the engine has drained, so its hook is switched off.
@@ -52,6 +58,7 @@ def make_app(service: Service, *, access: AccessConfig | None = None, limits: Li
     )
     app.state.service = service
     app.state.limits = limits
+    app.state.ping_seconds = ping_seconds
     app.state.one_text = asyncio.Semaphore(1)
     app.router.redirect_slashes = False
     return app

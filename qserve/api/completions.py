@@ -45,6 +45,8 @@ def _make_prompt(llm: LLM, wanted: CompletionRequest, given: str | list[int]) ->
         prompt = llm.encode(given, add_special_tokens=wanted.add_special_tokens)
     else:
         prompt = llm.check_ids(given)
+    if wanted.suffix:
+        return llm.infill(prompt, wanted.suffix)
     limit = wanted.truncate_prompt_tokens
     return prompt if limit is None or len(prompt.ids) <= limit else Prompt(ids=prompt.ids[-limit:])
 

@@ -20,7 +20,7 @@ _NOT_SERVED_ANYWHERE: dict[str, Neutral] = {
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
 }
-NOT_SERVED_IN_COMPLETIONS: dict[str, Neutral] = {**_NOT_SERVED_ANYWHERE, "suffix": ("",)}
+NOT_SERVED_IN_COMPLETIONS: dict[str, Neutral] = _NOT_SERVED_ANYWHERE
 NOT_SERVED_IN_CHAT: dict[str, Neutral] = {
     **_NOT_SERVED_ANYWHERE,
     "add_special_tokens": (False,),

@@ -54,6 +54,7 @@ def _is_id_list(value: Any) -> bool:
 class StreamOptions(Wire):
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class GenerationRequest(SamplingRequest, StructuredRequest):
@@ -108,6 +109,13 @@ class CompletionRequest(GenerationRequest):
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = Field(None, ge=1, le=128)
     add_special_tokens: bool = True
+    suffix: str = ""  # what the text is filled in before, where the model can
+
+    @model_validator(mode="after")
+    def _check_suffix(self) -> Self:
+        if self.suffix and (self.echo or self.truncate_prompt_tokens is not None):
+            raise InvalidRequest("suffix goes together with neither echo nor truncate_prompt_tokens.", param="suffix")
+        return self
 
     @model_validator(mode="after")
     def _check_best_of(self) -> Self:

@@ -1,7 +1,8 @@
 r"""Server-sent events as OpenAI's clients read them.
 
-Frames end in "\n\n" (some clients split on exactly that), hold ASCII alone, and no comment stands between them. What
-is the same in every frame of a choice is written once; a frame then costs the text's own quoting and a join.
+Frames end in "\n\n" (some clients split on exactly that), hold ASCII alone, and no comment stands between them
+unless the operator asks for pings. What is the same in every frame of a choice is written once; a frame then costs the
+text's own quoting and a join.
 """
 
 import json
@@ -9,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 
-from sse_starlette import EventSourceResponse
+from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
 from qserve.api.errors import error_frame
@@ -18,6 +19,7 @@ from qserve.errors import QserveError
 from qserve.generation import ScoredToken, TextDelta
 from qserve.llm import Generation, merge
 
+_PING = ServerSentEvent(comment="ping", sep="\n")
 _DONE = b"data: [DONE]\n\n"
 # Compact, and ASCII: a raw U+2028 would break the line readers of some clients. Made once, for it is used every token.
 to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
@@ -26,8 +28,10 @@ to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 class EventStream(EventSourceResponse):
     """A response of frames that are already encoded. However it ends, what it holds is let go."""
 
-    def __init__(self, frames: AsyncIterator[bytes], held: ExitStack, headers: Mapping[str, str]) -> None:
-        super().__init__(frames, headers=headers, ping=0, sep="\n")
+    def __init__(
+        self, frames: AsyncIterator[bytes], held: ExitStack, headers: Mapping[str, str], *, ping_seconds: float
+    ) -> None:
+        super().__init__(frames, headers=headers, ping=ping_seconds, sep="\n", ping_message_factory=lambda: _PING)
         self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -17,7 +17,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from qserve.errors import BrokenCheckpoint, InvalidRequest
+from qserve.errors import BrokenCheckpoint, InvalidRequest, UsageError
 from qserve.text.tokenizer import SpecialTokens
 
 Message = Mapping[str, Any]
@@ -71,8 +71,13 @@ class ChatTemplate:
         return _cut_at_mark(text) if continue_final_message else text
 
 
-def load_chat_template(directory: Path, special: SpecialTokens) -> ChatTemplate | None:
-    """The template of a checkpoint: chat_template.jinja before what tokenizer_config.json holds; None without one."""
+def load_chat_template(directory: Path, special: SpecialTokens, *, file: str = "") -> ChatTemplate | None:
+    """The template of a checkpoint: chat_template.jinja before what tokenizer_config.json holds; None without one.
+
+    A file that is named takes the place of all of them.
+    """
+    if file:
+        return ChatTemplate({"default": _read_given(file)}, special)
     sources = _read_sources(directory)
     if "default" not in sources:
         return None
@@ -97,6 +102,13 @@ def _read_sources(directory: Path) -> dict[str, str]:
 
 def _names(source: str, variable: str) -> bool:
     return re.search(rf"\b{variable}\b", source) is not None
+
+
+def _read_given(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The file of --chat-template, {file}, cannot be read: {error}.") from error
 
 
 def _mark_end(messages: Sequence[Message]) -> list[Message]:

@@ -98,14 +98,17 @@ def make_llm(
 
 @contextmanager
 def listening(
-    service: Service, *, access: AccessConfig | None = None, limits: LimitsConfig | None = None
+    service: Service,
+    *,
+    access: AccessConfig | None = None,
+    limits: LimitsConfig | None = None,
+    ping_seconds: float = 0,
 ) -> Iterator[tuple[str, int]]:
     """The server in a thread, on a free port."""
     limits = limits or LimitsConfig()
     config = ServerConfig(port=0, drain_seconds=5)
-    server = HttpServer(
-        make_app(service, access=access, limits=limits), service, config, receive_seconds=limits.receive_seconds
-    )
+    app = make_app(service, access=access, limits=limits, ping_seconds=ping_seconds)
+    server = HttpServer(app, service, config, receive_seconds=limits.receive_seconds)
     with listen(config) as sock:
         thread = threading.Thread(target=server.run, args=([sock],))
         thread.start()
@@ -124,10 +127,11 @@ def serving(
     access: AccessConfig | None = None,
     limits: LimitsConfig | None = None,
     metrics_prefix: str = "qserve",
+    ping_seconds: float = 0,
 ) -> Iterator[Server]:
     llm, runner = make_llm(directory, engine=engine, metrics_prefix=metrics_prefix)
     try:
-        with listening(Service(llm), access=access, limits=limits) as address:
+        with listening(Service(llm), access=access, limits=limits, ping_seconds=ping_seconds) as address:
             yield Server(f"http://{address[0]}:{address[1]}", address, llm, runner)
     finally:
         runner.gate.set()

@@ -198,6 +198,17 @@ def test_several_names_for_one_model(tokenizer_directory: Path) -> None:
         llm.close()
 
 
+def test_pings_only_where_they_are_asked_for(tokenizer_directory: Path) -> None:
+    body = {"prompt": "x", "stream": True, "max_tokens": 2, "ignore_eos": True}
+    for ping_seconds in (0.0, 0.05):
+        with serving(tokenizer_directory, ping_seconds=ping_seconds) as server:
+            server.runner.gate.clear()
+            threading.Timer(0.3, server.runner.gate.set).start()
+            frames = httpx.post(server.url + "/v1/completions", json=body, timeout=30).text.split("\n\n")
+            assert (": ping" in frames) == bool(ping_seconds)
+            assert [frame for frame in frames if frame != ": ping"][-2:] == ["data: [DONE]", ""]
+
+
 class TestLog:
     def read(self, caplog: pytest.LogCaptureFixture) -> logging.LogRecord:
         wait_until(lambda: any(record.name == "qserve.requests" for record in caplog.records))

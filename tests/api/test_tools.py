@@ -214,3 +214,21 @@ def test_reasoning_is_apart(thinking: Chat) -> None:
 def test_a_structured_answer_is_no_reasoning(thinking: Chat) -> None:
     answer = ask(thinking, tools=[], extra_body={"guided_choice": ["yes"]}).choices[0].message
     assert answer.content == "yes"
+
+
+SWITCH = "{% if enable_thinking is false %}off{% endif %}{# <think></think> #}"
+EFFORT = "{{ reasoning_effort | default('') }}"
+
+
+@pytest.mark.parametrize(
+    ("addition", "effort", "changes"),
+    [(SWITCH, "none", True), (EFFORT, "low", True), (EFFORT, "none", True), ("", "none", False)],
+)
+def test_a_template_is_told_how_much_to_reason(tmp_path: Path, addition: str, effort: str, changes: bool) -> None:
+    with served(tmp_path / "tiny", addition + tiny.CHATML) as chat:
+        num_plain = ask(chat, tools=[], max_tokens=1).usage.prompt_tokens
+        told = ask(chat, tools=[], max_tokens=1, reasoning_effort=effort).usage.prompt_tokens
+        assert (told > num_plain) == changes
+        if effort == "none" and addition == SWITCH:
+            with pytest.raises(openai.BadRequestError, match="cannot be told how much to reason"):
+                ask(chat, tools=[], reasoning_effort="high")

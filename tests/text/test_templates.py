@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from qserve.errors import BrokenCheckpoint, InvalidRequest
+from qserve.errors import BrokenCheckpoint, InvalidRequest, UsageError
 from qserve.text.templates import ChatTemplate, load_chat_template
 from qserve.text.tokenizer import SpecialTokens
 from tests import tiny
@@ -114,3 +114,13 @@ def test_the_file_goes_before_the_settings(tmp_path: Path) -> None:
     template = load_chat_template(tmp_path, SPECIAL)
     assert template is not None
     assert template.render(MESSAGES) == "new"
+
+
+def test_a_file_that_is_given_takes_the_place_of_all(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("the model's own")
+    (tmp_path / "other.jinja").write_text("{{ messages[0]['content'] }}!")
+    template = load_chat_template(tmp_path, SPECIAL, file=str(tmp_path / "other.jinja"))
+    assert template is not None
+    assert template.render(MESSAGES[:1]) == f"{MESSAGES[0]['content']}!"
+    with pytest.raises(UsageError, match="--chat-template"):
+        load_chat_template(tmp_path, SPECIAL, file=str(tmp_path / "missing.jinja"))

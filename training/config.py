@@ -111,6 +111,8 @@ class Finalize:
     format: str = "safetensors"
     max_shard_bytes: int = MAX_SHARD_BYTES
     dressing: Dressing = PLAIN
+    eval_data: tuple[Path, ...] = ()  # to measure the loss with; a run has text of its own, held out of training
+    max_tokens: int | None = None  # of that text
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

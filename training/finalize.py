@@ -26,10 +26,13 @@ from qserve.checkpoint.save import CARRIED_FILES, MAX_SHARD_BYTES, save
 from qserve.errors import UsageError
 from qserve.quant.recipe import HeadPolicy, Recipe
 from qserve.quant.recipes import DEFAULT_RECIPE, RECIPES, find_recipe
+from training.artifact import load_for_measuring, make_measurable
 from training.config import DTYPES, Finalize, without_dtype
 from training.destination import require_absent, require_space
 from training.dressing import CARRY, NONE, PRESETS, TEMPLATES, Dressing, dress, read_template, read_tokens
+from training.measured import Passage, read_passage, tell
 from training.run import is_run
+from training.scores import score
 from training.source import describe_source
 
 if TYPE_CHECKING:
@@ -46,6 +49,7 @@ examples:
   qserve-train finalize model --out model-int4 --quantize int8-dynamic-act-int4-weight
   qserve-train finalize model --out model-int4 --quantize int4-weight-only --group-size 32 --head int8
   qserve-train finalize model --out model-int4 --quantize int4-weight-only --dry-run
+  qserve-train finalize model --out model-int4 --quantize mixed --eval-data stories.txt --max-tokens 20000
   qserve-train finalize run --out model-int4
 
 `qserve-train recipes` lists what --quantize knows.
@@ -91,6 +95,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=CARRY,
         help="how to sample where a request does not say: as the source does, without a word, or by a preset",
     )
+    add(
+        "--eval-data",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="PATH",
+        help="measure the loss on this text, of the float model and of the artifact, and write both into "
+        "provenance.json; a run is measured on what it held out of training, or on this",
+    )
+    add("--max-tokens", type=int, metavar="N", help="of the text to measure with")
     add("--dry-run", action="store_true", help="say what would be done, and write nothing")
 
 
@@ -106,6 +120,8 @@ def run(options: argparse.Namespace) -> None:
         format=options.format,
         max_shard_bytes=options.max_shard_size,
         dressing=_dressing(options),
+        eval_data=tuple(options.eval_data),
+        max_tokens=options.max_tokens,
     )
     if is_run(Path(plan.source)):
         from training.qat.finalize import finalize_run, rehearse_run  # torchao: seconds
@@ -132,6 +148,7 @@ class _Survey:
     model: nn.Module
     files: Mapping[str, str]  # that differ from the source's
     account: "Account | None"  # None: nothing is quantized
+    passage: Passage | None  # None: the loss is not measured
 
     @property
     def num_bytes(self) -> int:
@@ -144,21 +161,24 @@ def finalize(wanted: Finalize, *, console: Console) -> None:
     """Write the artifact as a whole or not at all, and print what became of each layer."""
     surveyed = _survey(wanted)
     require_space(wanted.out, surveyed.num_bytes)
-    recipe = None if surveyed.account is None else _quantize(wanted, surveyed, console)
     checkpoint, model = surveyed.checkpoint, surveyed.model
+    recipe = None if surveyed.account is None else _quantize(wanted, surveyed, console)
+    tensors, config = model.state_dict(), _config(checkpoint, model)
+    losses = _losses(surveyed, console)
     with console.status(f"writing {wanted.out}"):
         save(
             wanted.out,
-            model.state_dict(),
-            config=_config(checkpoint, model),
+            tensors,
+            config=config,
             recipe=recipe,
             source=checkpoint.home,
             files=surveyed.files,
-            provenance=_provenance(wanted, checkpoint),
+            provenance=_provenance(wanted, checkpoint) | ({"loss": losses} if losses else {}),
             format=wanted.format,
             max_shard_bytes=wanted.max_shard_bytes,
         )
     _print(surveyed, console)
+    tell(losses, console)
     console.print(f"{wanted.out} is ready: qserve serve {wanted.out}", highlight=False, soft_wrap=True)
 
 
@@ -169,6 +189,8 @@ def rehearse(wanted: Finalize, *, console: Console) -> None:
     home = surveyed.checkpoint.home
     carried = [name for name in CARRIED_FILES if (home / name).is_file() and name not in surveyed.files]
     console.print(f"would carry {', '.join(carried) or 'no further files'}", highlight=False)
+    if surveyed.passage is not None:
+        console.print(f"would measure the loss on {surveyed.passage.about['tokens']:,} tokens", highlight=False)
     if surveyed.files:
         console.print(f"would write anew {', '.join(surveyed.files)}", highlight=False)
     console.print(f"would write {wanted.out} as {wanted.format}; this was a dry run", highlight=False, soft_wrap=True)
@@ -184,6 +206,19 @@ def _quantize(wanted: Finalize, surveyed: _Survey, console: Console) -> Recipe:
         report = quantize(surveyed.model, recipe, head=wanted.head, group_size=wanted.group_size, progress=advance)
     assert report.bytes_after == surveyed.num_bytes, (report.bytes_after, surveyed.num_bytes)
     return report.recipe
+
+
+def _losses(surveyed: _Survey, console: Console) -> dict[str, Any]:
+    """Before and after rounding. The model is a float model afterwards: its tensors have been taken before."""
+    if surveyed.passage is None:
+        return {}
+    pieces = surveyed.passage.windows
+    with console.status("measuring the loss of the float model"):
+        before = score(load_for_measuring(surveyed.checkpoint), pieces).loss
+    make_measurable(surveyed.model)
+    with console.status("measuring the loss of the artifact"):
+        after = score(surveyed.model, pieces).loss
+    return {**surveyed.passage.about, "float": before, "artifact": after}
 
 
 def _survey(wanted: Finalize) -> _Survey:
@@ -202,7 +237,11 @@ def _survey(wanted: Finalize) -> _Survey:
     _require_float(checkpoint)
     model = load_model(checkpoint, dtype=wanted.torch_dtype)
     files = dress(wanted.dressing, model, checkpoint.home)
-    return _Survey(checkpoint=checkpoint, model=model, files=files, account=_account(wanted, model))
+    passage = None
+    if wanted.eval_data:
+        passage = read_passage(wanted.eval_data, checkpoint.home, max_tokens=wanted.max_tokens)
+    account = _account(wanted, model)
+    return _Survey(checkpoint=checkpoint, model=model, files=files, account=account, passage=passage)
 
 
 def _account(wanted: Finalize, model: nn.Module) -> "Account | None":

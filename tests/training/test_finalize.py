@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,9 +19,12 @@ from qserve.quant.read import read_tensor
 from qserve.quant.recipe import HeadPolicy
 from qserve.quant.recipes import RECIPES
 from qserve.quant.weight import QuantizedWeight
-from tests.tiny import CHATML, make_checkpoint
+from tests.tiny import CHATML, make_checkpoint, prose
 from training.cli import main
+from training.evaluate import Evaluate
+from training.evaluate import evaluate as measure
 
+QUIET = Console(quiet=True)
 PROMPT = torch.tensor([[1, 17, 300, 45, 99, 260, 8, 411]])
 # What torchao itself can multiply with on a machine without an accelerator.
 RUNS_IN_TORCHAO = (
@@ -133,6 +137,23 @@ def test_what_travels_with_the_model(source: Path, tmp_path: Path) -> None:
     assert provenance["source"]["name"] == "tiny"
     assert len(provenance["source"]["sha256"]["model.safetensors"]) == 64
     assert {"torch", "torchao", "transformers", "qserve"} <= set(provenance["versions"])
+
+
+def test_the_loss_is_told_where_text_is_given(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prose.txt").write_text(prose()[:4000])
+    text = ("--eval-data", tmp_path / "prose.txt", "--max-tokens", 301)
+    command = (source, "--quantize", "intx-int2-weight-only", *text)
+    assert run(*command, "--out", tmp_path / "dry", "--dry-run") == 0
+    assert "would measure the loss on 300 tokens" in capsys.readouterr().out
+    assert run(*command, "--out", tmp_path / "out") == 0
+    shown = capsys.readouterr().out
+    loss = json.loads((tmp_path / "out" / "provenance.json").read_text())["loss"]
+    assert (loss["tokens"], list(loss["files"])) == (300, ["prose.txt"])
+    for name, model in (("float", source), ("artifact", tmp_path / "out")):
+        told = measure(Evaluate(model=str(model), data=(tmp_path / "prose.txt",), max_tokens=301), console=QUIET)
+        assert loss[name] == told["loss"]
+        assert f"{loss[name]:.6f}" in shown
+    assert loss["float"] != loss["artifact"]
 
 
 @pytest.mark.parametrize("format", ["safetensors", "bin"])

@@ -21,16 +21,12 @@ from training.config import Finalize, TrainOptions, without_dtype
 from training.data import windows
 from training.destination import require_absent, require_space
 from training.dressing import dress
+from training.measured import Passage, read_passage, tell
 from training.qat.model import Trainee, build, load_source
 from training.qat.state import load_parameters
 from training.run import DATA, Json, Run, open_run, read_json, read_tensors
 from training.scores import score
 
-_MEASURED = {
-    "float": "of the float model, on text held out of training",
-    "trained": "as it was trained",
-    "artifact": "of the artifact",
-}
 _EQUAL = 1e-6  # of the losses before and after conversion
 
 
@@ -48,7 +44,7 @@ def finalize_run(wanted: Finalize, *, console: Console) -> None:
     work = _own_run(wanted)
     home = Path(work.manifest["source"]["path"])
     require_space(wanted.out, sum(file.stat().st_size for file in work.find(wanted.step).iterdir()))
-    trained = finish(work, step=wanted.step, console=console)
+    trained = finish(work, step=wanted.step, passage=_passage(wanted, work, home), console=console)
     with console.status(f"writing {wanted.out}"):
         save(
             wanted.out,
@@ -61,17 +57,19 @@ def finalize_run(wanted: Finalize, *, console: Console) -> None:
             format=wanted.format,
             max_shard_bytes=wanted.max_shard_bytes,
         )
-    for name, loss in trained.provenance["loss"].items():
-        if name != "tokens":
-            console.print(f"loss {loss:.6f} {_MEASURED[name]}", highlight=False)
+    tell(trained.provenance["loss"], console)
     console.print(f"{wanted.out} is ready: qserve serve {wanted.out}", highlight=False, soft_wrap=True)
 
 
 def rehearse_run(wanted: Finalize, *, console: Console) -> None:
     """Say what `finalize_run` would do; nothing is written."""
     work = _own_run(wanted)
-    found = work.find(wanted.step)
+    home = Path(work.manifest["source"]["path"])
+    found, passage = work.find(wanted.step), _passage(wanted, work, home)
     console.print(f"would make {wanted.out} of {found.name} of a run of {work.manifest['recipe']}", soft_wrap=True)
+    console.print(f"would measure the loss on {passage.about['tokens']:,} tokens", highlight=False)
+    if files := dress(wanted.dressing, None, home):
+        console.print(f"would write anew {', '.join(files)}", highlight=False)
     console.print(f"would write it as {wanted.format} in {work.manifest['dtype']}; this was a dry run", highlight=False)
 
 
@@ -93,22 +91,22 @@ def _own_run(wanted: Finalize) -> Run:
     return work
 
 
-def finish(run: Run, *, step: int | None, console: Console) -> Trained:
+def finish(run: Run, *, step: int | None, passage: Passage, console: Console) -> Trained:
     """The tensors of the run's checkpoint of `step`, by default the last, and how they were come by."""
     state, trainee = load_trained(run, step=step)
     trainee.settle()
-    held_out = _held_out(run)
+    measured: Json = passage.about
     with console.status("measuring the loss of what was trained"):
-        measured: Json = {"tokens": held_out.shape[0] * (held_out.shape[1] - 1)}
-        measured |= {"float": score(load_source(run.manifest["source"]), held_out).loss} if not run.is_float else {}
-        measured |= {"trained": score(trainee.model, held_out).loss}
+        if not run.is_float:
+            measured["float"] = score(load_source(run.manifest["source"]), passage.windows).loss
+        measured["trained"] = score(trainee.model, passage.windows).loss
     provenance = _provenance(run, state)
     if trainee.plan is None:
         cast(trainee.model, trainee.dtype)
         return Trained(tensors=trainee.model.state_dict(), report=None, provenance={**provenance, "loss": measured})
     report, tensors = _convert(trainee)
     with console.status("measuring the loss of the artifact"):
-        measured |= {"artifact": score(trainee.model, held_out).loss}
+        measured["artifact"] = score(trainee.model, passage.windows).loss
     _require_equal(measured)
     return Trained(tensors=tensors, report=report, provenance={**provenance, "loss": measured})
 
@@ -149,10 +147,13 @@ def _convert(trainee: Trainee) -> tuple[Report, dict[str, Tensor]]:
     return report, tensors
 
 
-def _held_out(run: Run) -> Tensor:
+def _passage(wanted: Finalize, run: Run, home: Path) -> Passage:
+    """The text that was asked for, or what the run has held out of training."""
+    if wanted.eval_data:
+        return read_passage(wanted.eval_data, home, max_tokens=wanted.max_tokens)
     tokens = read_tensors(run.path / DATA)["held_out"]
     length = min(run.manifest["training"]["options"]["sequence_length"], len(tokens) - 1)
-    return windows(tokens, length)
+    return Passage(windows=windows(tokens, length))
 
 
 def _require_equal(measured: Mapping[str, Any]) -> None:

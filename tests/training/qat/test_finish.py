@@ -98,6 +98,12 @@ def test_provenance_tells_how_it_was_made(done: Run, tmp_path: Path) -> None:
     assert str(tmp_path.parent) not in json.dumps(told)
 
 
+def test_it_is_measured_on_other_text_where_that_is_given(done: Run, text: Path, tmp_path: Path) -> None:
+    loss = provenance(finish(done.path, tmp_path / "out", eval_data=(text,), max_tokens=201))["loss"]
+    assert (loss["tokens"], list(loss["files"])) == (200, [text.name])
+    assert loss["artifact"] == pytest.approx(loss["trained"], abs=1e-6)
+
+
 def test_an_earlier_checkpoint_can_be_chosen(done: Run, tmp_path: Path) -> None:
     assert provenance(finish(done.path, tmp_path / "six", step=6))["step"] == 6
     with pytest.raises(UsageError, match="no checkpoint of step 5; it has those of 6, 8"):
@@ -121,7 +127,9 @@ def test_another_recipe_than_the_runs_is_refused(done: Run, tmp_path: Path, want
 def test_its_own_recipe_may_be_said(done: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["finalize", str(done.path), "--out", str(tmp_path / "out"), "--quantize", "int8-dynamic-act-int4-weight"]
     assert main([*command, "--dry-run"]) == 0
-    assert "step-000008 of a run of int8-dynamic-act-int4-weight" in capsys.readouterr().out.replace("\n", " ")
+    told = capsys.readouterr().out.replace("\n", " ")
+    assert "step-000008 of a run of int8-dynamic-act-int4-weight" in told
+    assert "would measure the loss on" in told
     assert not (tmp_path / "out").exists()
 
 

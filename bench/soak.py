@@ -23,7 +23,7 @@ import httpx
 from bench.server import serving
 from bench.watch import Reading, read, slope_per_minute, wait_until_idle
 
-_COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
+_COMPLETIONS, _CHAT, _RESPONSES, _MESSAGES = "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"
 _WORDS = (
     *("the", "river", "runs", "slow", "under", "a", "grey", "sky", "while"),
     *("seven", "birds", "look", "for", "bread", "near", "an", "old", "wooden", "bridge"),
@@ -67,10 +67,16 @@ class Soak:
         return await self._post(_CHAT, {"messages": messages, "max_tokens": 24, "logprobs": True, "top_logprobs": 3})
 
     async def stream(self) -> int:
-        async with self._stream({"prompt": self.text(30), "max_tokens": 48, "n": 2, "seed": 7}) as response:
-            async for _ in response.aiter_lines():
-                pass
-        return response.status_code
+        return await self._read(_COMPLETIONS, {"prompt": self.text(30), "max_tokens": 48, "n": 2, "seed": 7})
+
+    async def response(self) -> int:
+        """With a call, or as it comes."""
+        tool = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {}}}
+        body = {"input": self.text(20), "max_output_tokens": 32, "tools": [tool]}
+        return await self._read(_RESPONSES, {**body, "tool_choice": self._random.choice(["auto", "required"])})
+
+    async def message(self) -> int:
+        return await self._read(_MESSAGES, {"messages": [{"role": "user", "content": self.text(20)}], "max_tokens": 24})
 
     async def leave(self) -> int:
         """Goes away in the middle, or before the first byte."""
@@ -80,7 +86,7 @@ class Soak:
                 await asyncio.wait_for(self._post(_COMPLETIONS, body), self._random.random() * 0.3)
             return 0
         num_lines = self._random.randrange(20)
-        async with self._stream(body) as response:
+        async with self._stream(_COMPLETIONS, body) as response:
             async for _ in response.aiter_lines():
                 num_lines -= 1
                 if num_lines < 0:
@@ -118,9 +124,16 @@ class Soak:
     async def _post(self, path: str, body: Json) -> int:
         return (await self._client.post(path, json=body)).status_code
 
+    async def _read(self, path: str, body: Json) -> int:
+        """A stream, to its end."""
+        async with self._stream(path, body) as response:
+            async for _ in response.aiter_lines():
+                pass
+        return response.status_code
+
     @asynccontextmanager
-    async def _stream(self, body: Json) -> AsyncIterator[httpx.Response]:
-        async with self._client.stream("POST", _COMPLETIONS, json={**body, "stream": True}) as response:
+    async def _stream(self, path: str, body: Json) -> AsyncIterator[httpx.Response]:
+        async with self._client.stream("POST", path, json={**body, "stream": True}) as response:
             yield response
 
 
@@ -128,6 +141,8 @@ _KINDS: dict[Callable[[Soak], Awaitable[int]], int] = {
     Soak.short: 4,
     Soak.chat: 3,
     Soak.stream: 4,
+    Soak.response: 2,
+    Soak.message: 2,
     Soak.leave: 3,
     Soak.long: 2,
     Soak.bad: 2,

@@ -27,7 +27,8 @@ from bench.server import serving
 from bench.watch import read, wait_until_idle
 
 _COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
-_POSTS = (_COMPLETIONS, _CHAT, "/tokenize", "/detokenize")
+_RESPONSES, _MESSAGES = "/v1/responses", "/v1/messages"
+_POSTS = (_COMPLETIONS, _CHAT, _RESPONSES, _MESSAGES, "/tokenize", "/detokenize")
 _IDLE_SECONDS = 60
 
 
@@ -174,6 +175,8 @@ def hostile_json(target: Target) -> str:
         b'{"prompt": "\\u0000"}',
         b'{"prompt": "x", "prompt": 5}',
         b'{"messages": [{"role": "user", "content": ' + b"[" * 5000 + b"]" * 5000 + b"}]}",
+        b'{"input": [' + b'{"type": "function_call",' * 1000 + b"}" * 1000 + b"]}",
+        b'{"max_tokens": 2, "messages": [{"role": "user", "content": [' + b'{"type": "tool_result"},' * 1000 + b"0]}]}",
         b'{"tokens": [1e2]}',
         b'{"tokens": [99999999999999999999999999999999]}',
         b'\xef\xbb\xbf{"prompt": "x"}',
@@ -181,6 +184,8 @@ def hostile_json(target: Target) -> str:
     base = {
         _COMPLETIONS: b'"prompt": "x", "max_tokens": 2',
         _CHAT: b'"messages": [{"role": "user", "content": "x"}], "max_tokens": 2',
+        _RESPONSES: b'"input": "x", "max_output_tokens": 2',
+        _MESSAGES: b'"messages": [{"role": "user", "content": "x"}], "max_tokens": 2',
     }
     numbers = [b"NaN", b"Infinity", b"-Infinity", b"1e400", b"-1e400", b"9" * 400, b"9" * 5000, b"1" + b"0" * 18, b"-1"]
     fields = (b"temperature", b"max_tokens", b"seed", b"n", b"top_p", b"priority", b"timeout", b"top_k", b"min_tokens")
@@ -283,11 +288,12 @@ def _read_rest(wire: socket.socket) -> bytes:
 
 
 def _check_error(target: Target, path: str, body: bytes) -> int:
-    """A status below 500, and OpenAI's body where it is an error."""
+    """A status below 500, and where it is an error the body that OpenAI gives it, or Anthropic on its own path."""
     response = target.post(path, body)
     assert response.status_code < 500, (path, body[:200], response.text[:300])
     if response.status_code >= 400:
-        assert set(response.json()["error"]) == {"message", "type", "param", "code"}, response.text[:300]
+        fields = {"message", "type"} if path == _MESSAGES else {"message", "type", "param", "code"}
+        assert set(response.json()["error"]) == fields, response.text[:300]
         assert len(response.content) < 4000, (path, body[:200])
     return response.status_code
 

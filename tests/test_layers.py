@@ -51,7 +51,6 @@ LAYERS: dict[str, set[str]] = {
 # Where a library may be imported; everything else may be imported anywhere.
 HOMES: dict[str, set[str]] = {
     "starlette": {"qserve.api"},
-    "sse_starlette": {"qserve.api"},
     "pydantic": {"qserve.api"},
     "pydantic_core": {"qserve.api"},
     "uvicorn": {"qserve.server", "qserve.connection"},

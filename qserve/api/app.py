@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Sequence
 
-from sse_starlette.sse import AppStatus
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -36,9 +35,6 @@ def make_app(
     ping_seconds: float = 0,
 ) -> Starlette:
     """The application over a service that may still be loading its model."""
-    # sse-starlette hooks itself into uvicorn's exit and would cut every stream at once on SIGTERM. Streams end when
-    # the engine has drained, so its hook is switched off.
-    AppStatus.enable_automatic_graceful_drain = False
     access, limits = access or AccessConfig(), limits or LimitsConfig()
     app = Starlette(
         routes=_ROUTES,

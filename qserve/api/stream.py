@@ -5,38 +5,72 @@ unless the operator asks for pings. What is the same in every frame of a choice 
 text's own quoting and a join.
 """
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import ExitStack, aclosing
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass
 
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from qserve.api.errors import error_frame
+from qserve.api.reply import unless_gone
 from qserve.api.tools import Reply
 from qserve.errors import QserveError
 from qserve.generation import ScoredToken, TextDelta
 from qserve.llm import Generation, merge
 
-_PING = ServerSentEvent(comment="ping", sep="\n")
+_PING = b": ping\n\n"
 _DONE = b"data: [DONE]\n\n"
+_HEADERS = {"cache-control": "no-store", "connection": "keep-alive", "x-accel-buffering": "no"}
 # Compact, and ASCII: a raw U+2028 would break the line readers of some clients. Made once, for it is used every token.
 to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
-class EventStream(EventSourceResponse):
-    """A response of frames that are already encoded. However it ends, what it holds is let go."""
+class EventStream(Response):
+    """A response of frames that are already encoded. However it ends, what it holds is let go.
+
+    Between two frames nothing is made, watched or cancelled: among 32 streams a frame costs 20 µs, half of them the
+    system's, and 33 by way of sse-starlette's response.
+    """
+
+    media_type = "text/event-stream"
 
     def __init__(
         self, frames: AsyncIterator[bytes], held: ExitStack, headers: Mapping[str, str], *, ping_seconds: float
     ) -> None:
-        super().__init__(frames, headers=headers, ping=ping_seconds, sep="\n", ping_message_factory=lambda: _PING)
+        super().__init__(headers={**_HEADERS, **headers})
+        del self.headers["content-length"]
+        self._frames = frames
         self._held = held
+        self._ping_seconds = ping_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._held:
-            await super().__call__(scope, receive, send)
+        with self._held, suppress(ClientDisconnect):
+            await unless_gone(receive, self._send(send))
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        with self._pinging(send):
+            async for frame in self._frames:
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    @contextmanager
+    def _pinging(self, send: Send) -> Iterator[None]:
+        pinging = asyncio.ensure_future(self._ping(send)) if self._ping_seconds else None
+        try:
+            yield
+        finally:
+            if pinging is not None:
+                pinging.cancel()
+
+    async def _ping(self, send: Send) -> None:
+        while True:
+            await asyncio.sleep(self._ping_seconds)
+            await send({"type": "http.response.body", "body": _PING, "more_body": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Self, TypeAlias
 
@@ -26,15 +27,30 @@ Item: TypeAlias = TokenEvent | EngineError
 
 
 class _Mailbox:
-    """Where one request's events go. Bounded by nature: a request has at most one event a token and a chunk."""
+    """Where one request's events go. Bounded by nature: a request has at most one event a token and a chunk.
 
-    __slots__ = ("event_loop", "items", "num_prompt_tokens", "request_id")
+    An asyncio.Queue with one reader and no limit; it takes a third of a queue's time, and that is spent every token.
+    """
+
+    __slots__ = ("_items", "_reader", "event_loop", "num_prompt_tokens", "request_id")
 
     def __init__(self, request: Request, event_loop: asyncio.AbstractEventLoop) -> None:
         self.request_id = request.id
         self.num_prompt_tokens = request.num_prompt_tokens
         self.event_loop = event_loop
-        self.items: asyncio.Queue[Item] = asyncio.Queue()
+        self._items: deque[Item] = deque()
+        self._reader: asyncio.Future[None] | None = None
+
+    def put(self, item: Item) -> None:
+        self._items.append(item)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def get(self) -> Item:
+        while not self._items:
+            self._reader = self.event_loop.create_future()
+            await self._reader
+        return self._items.popleft()
 
 
 class EventStream(AsyncIterator[TokenEvent]):
@@ -46,7 +62,7 @@ class EventStream(AsyncIterator[TokenEvent]):
 
     def __init__(self, mailbox: _Mailbox, *, abort: Callable[[str], None]) -> None:
         self._request_id = mailbox.request_id
-        self._items = mailbox.items
+        self._mailbox = mailbox
         self._abort = abort
         self._is_finished = False
 
@@ -54,7 +70,7 @@ class EventStream(AsyncIterator[TokenEvent]):
         if self._is_finished:
             raise StopAsyncIteration
         try:
-            item = await self._items.get()
+            item = await self._mailbox.get()
         except asyncio.CancelledError:
             self._close()
             raise
@@ -235,4 +251,4 @@ class EngineLoop:
 
 def _put(batch: list[tuple[_Mailbox, Item]]) -> None:
     for mailbox, item in batch:
-        mailbox.items.put_nowait(item)
+        mailbox.put(item)

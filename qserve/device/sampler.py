@@ -9,7 +9,6 @@ row's own cumulative distribution, so a row's token does not depend on the rows 
 import hashlib
 import secrets
 from collections.abc import Iterable, Sequence
-from itertools import chain
 
 import numpy as np
 import torch
@@ -74,8 +73,7 @@ def uniform(source: str, position: int) -> float:
 def adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     """A copy with masks, penalties and bias: (requests, vocabulary). What is forbidden stays so under all of them."""
     logits = Masks(requests).apply(logits)
-    _penalize_repetition(logits, requests)
-    _penalize_presence(logits, requests)
+    _penalize(logits, requests)
     _add_biases(logits, requests)
     return logits
 
@@ -120,39 +118,23 @@ def _changes_logits(request: Request) -> bool:
     )
 
 
-def _counts(logits: Tensor, token_lists: Sequence[Sequence[int]]) -> Tensor:
-    """How often each token occurs in each list: (lists, vocabulary)."""
-    lengths = torch.tensor([len(tokens) for tokens in token_lists])
-    rows = torch.repeat_interleave(torch.arange(len(token_lists)), lengths).to(logits.device)
-    columns = torch.tensor(list(chain.from_iterable(token_lists)), dtype=torch.int64, device=logits.device)
-    counts = torch.zeros(len(token_lists), logits.shape[-1], device=logits.device)
-    return counts.index_put_((rows, columns), torch.ones((), device=logits.device), accumulate=True)
+def _penalize(logits: Tensor, requests: Sequence[Request]) -> None:
+    """Of each row only the tokens that occurred are touched."""
+    for row, request in enumerate(requests):
+        params = request.params
+        if params.repetition_penalty != 1.0:
+            seen, _ = _count(request.token_ids, logits)
+            old, penalty = logits[row, seen], params.repetition_penalty
+            logits[row, seen] = torch.where(old > 0, old / penalty, old * penalty)
+        if params.presence_penalty or params.frequency_penalty:
+            said, counts = _count(request.token_ids[request.num_prompt_tokens :], logits)
+            logits[row, said] -= counts * params.frequency_penalty + params.presence_penalty
 
 
-def _penalize_repetition(logits: Tensor, requests: Sequence[Request]) -> None:
-    rows = [row for row, request in enumerate(requests) if request.params.repetition_penalty != 1.0]
-    if not rows:
-        return
-    penalties = torch.tensor([requests[row].params.repetition_penalty for row in rows], device=logits.device)
-    penalties = penalties.unsqueeze(1)
-    old = logits[rows]
-    is_seen = _counts(logits, [requests[row].token_ids for row in rows]) > 0
-    logits[rows] = torch.where(is_seen, torch.where(old > 0, old / penalties, old * penalties), old)
-
-
-def _penalize_presence(logits: Tensor, requests: Sequence[Request]) -> None:
-    rows = [
-        row
-        for row, request in enumerate(requests)
-        if request.params.presence_penalty or request.params.frequency_penalty
-    ]
-    if not rows:
-        return
-    params = [requests[row].params for row in rows]
-    presence = torch.tensor([each.presence_penalty for each in params], device=logits.device).unsqueeze(1)
-    frequency = torch.tensor([each.frequency_penalty for each in params], device=logits.device).unsqueeze(1)
-    counts = _counts(logits, [requests[row].token_ids[requests[row].num_prompt_tokens :] for row in rows])
-    logits[rows] -= counts * frequency + (counts > 0) * presence
+def _count(token_ids: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens that occur, and how often each does."""
+    tokens, counts = np.unique(np.array(token_ids, dtype=np.int64), return_counts=True)
+    return torch.from_numpy(tokens).to(like.device), torch.from_numpy(counts).to(like.device)
 
 
 def _add_biases(logits: Tensor, requests: Sequence[Request]) -> None:

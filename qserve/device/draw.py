@@ -62,7 +62,7 @@ def _keep_likely(scaled: Floats, params: SamplingParams) -> tuple[Tokens, Weight
     total = 0.0 if is_cut else float(np.exp(scaled).sum())
     number = params.top_k if is_cut else min(_NUM_CANDIDATES, vocabulary)
     while True:
-        tokens = _find_best(scaled, number)
+        tokens = find_best(scaled, number)
         weights = np.exp(scaled[tokens]).astype(np.float64)
         ends = weights.cumsum()
         mass = params.top_p * (ends[-1] if is_cut else total)
@@ -75,9 +75,9 @@ def _keep_likely(scaled: Floats, params: SamplingParams) -> tuple[Tokens, Weight
     return tokens[:num_kept], weights[:num_kept]
 
 
-def _find_best(scaled: Floats, number: int) -> Tokens:
+def find_best(scaled: Floats, number: int) -> Tokens:
     """The best so many, or fewer where no more can be drawn; best first, and of equals the first."""
-    limit = _LOWEST if number == len(scaled) else max(np.partition(scaled, -number)[-number], _LOWEST)
+    limit = _LOWEST if number >= len(scaled) else max(np.partition(scaled, -number)[-number], _LOWEST)
     found = np.flatnonzero(scaled >= limit)
     return found[np.argsort(-scaled[found], kind="stable")[:number]]
 

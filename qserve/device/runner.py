@@ -12,7 +12,8 @@ from torch import Tensor
 
 from qserve.device.batch import DecodeBatches, make_batch
 from qserve.device.kv_cache import CacheShape, KVCache, block_bytes
-from qserve.device.sampler import Sampler, logprobs_at, logprobs_of
+from qserve.device.logprobs import logprobs_at, logprobs_of
+from qserve.device.sampler import Sampler
 from qserve.engine.request import Chunk, Request, Sampled, SamplingParams, TokenLogprob
 from qserve.kernels.ops import Batch
 
@@ -117,8 +118,7 @@ class ModelRunner:
         logprobs: list[tuple[TokenLogprob, ...]] = [()] * len(requests)
         if wanted:
             counts = [requests[row].params.logprobs or 0 for row in wanted]
-            chosen = torch.tensor(list(wanted.values()), device=logits.device)
-            found = logprobs_of(logits[list(wanted)], chosen, num_top=max(counts))
+            found = logprobs_of(logits[list(wanted)], list(wanted.values()), num_top=max(counts))
             for row, count, each in zip(wanted, counts, found, strict=True):
                 logprobs[row] = each[: count + 1] + logprobs_at(logits[row], requests[row].params.logprob_token_ids)
         return list(zip(tokens, logprobs, strict=True))
@@ -147,7 +147,7 @@ class ModelRunner:
         num_rows = min(chunk.end + 1, request.num_prompt_tokens) - (chunk.start + 1)
         if num_top is None or num_rows <= 0:
             return ()
-        targets = torch.tensor(request.token_ids[chunk.start + 1 : chunk.start + 1 + num_rows], device=hidden.device)
+        targets = request.token_ids[chunk.start + 1 : chunk.start + 1 + num_rows]
         size = max(1, _MAX_LOGIT_ELEMENTS // self._model.vocab_size)
         found: list[tuple[TokenLogprob, ...]] = []
         for start in range(0, num_rows, size):

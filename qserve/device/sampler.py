@@ -1,9 +1,9 @@
-"""From logits to the next token of each row, and the log-probabilities that were asked for.
+"""From logits to the next token of each row.
 
 The order: masks; repetition penalty on the raw logits, then presence and frequency, bias; temperature; top-k, top-p (of
-what top-k left), min-p; typical-p (of what they all left). Log-probabilities are those of the raw distribution. The
-draw is one number in [0, 1) for each row, made from the request's seed and the position alone, and put through the
-row's own cumulative distribution, so a row's token does not depend on the rows beside it.
+what top-k left), min-p; typical-p (of what they all left). The draw is one number in [0, 1) for each row, made from the
+request's seed and the position alone, and put through the row's own cumulative distribution, so a row's token does not
+depend on the rows beside it.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qserve.device.draw import draw
 from qserve.device.masks import Masks, is_masked
-from qserve.engine.request import Request, TokenLogprob
+from qserve.engine.request import Request
 
 
 class Sampler:
@@ -76,35 +76,6 @@ def adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     _penalize(logits, requests)
     _add_biases(logits, requests)
     return logits
-
-
-def logprobs_of(logits: Tensor, token_ids: Tensor, *, num_top: int) -> list[tuple[TokenLogprob, ...]]:
-    """For each row of logits the token that is given, then the `num_top` most likely."""
-    # Not logsumexp: it sums a lone row by several threads, and so rounds it otherwise than among other rows.
-    logprobs = torch.log_softmax(logits, dim=-1)
-    chosen = token_ids.unsqueeze(1)  # (rows, 1)
-    ranks = (logits > logits.gather(1, chosen)).sum(dim=-1) + 1
-    top_ids = logits.topk(min(num_top, logits.shape[-1]), dim=-1).indices
-    columns = (token_ids, logprobs.gather(1, chosen).squeeze(1), ranks, top_ids, logprobs.gather(1, top_ids))
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    return [
-        (
-            TokenLogprob(token_id, logprob, rank),
-            *(TokenLogprob(top, value, place + 1) for place, (top, value) in enumerate(zip(tops, values, strict=True))),
-        )
-        for token_id, logprob, rank, tops, values in rows
-    ]
-
-
-def logprobs_at(logits: Tensor, token_ids: Sequence[int]) -> tuple[TokenLogprob, ...]:
-    """The tokens that are named, from one row of logits: (vocabulary,)."""
-    if not token_ids:
-        return ()
-    values = logits[list(token_ids)]
-    num_not_above = torch.searchsorted(logits.sort().values, values, right=True)
-    ranks = logits.shape[-1] - num_not_above + 1
-    logprobs = torch.log_softmax(logits, dim=-1)[list(token_ids)]
-    return tuple(map(TokenLogprob, token_ids, logprobs.tolist(), ranks.tolist()))
 
 
 def _changes_logits(request: Request) -> bool:

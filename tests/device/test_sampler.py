@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qserve.device.sampler import Sampler, adjust, logprobs_of, uniform
+from qserve.device.logprobs import logprobs_of
+from qserve.device.sampler import Sampler, adjust, uniform
 from qserve.engine.request import Request, SamplingParams
 
 VOCABULARY = 40
@@ -195,7 +196,7 @@ def test_logprobs() -> None:
     logits = _logits(2)
     expected = torch.log_softmax(logits, dim=-1)
     order = logits.argsort(dim=-1, descending=True)
-    found = logprobs_of(logits, torch.tensor([4, int(order[1, 0])]), num_top=3)
+    found = logprobs_of(logits, [4, int(order[1, 0])], num_top=3)
     for row, chosen in ((0, 4), (1, int(order[1, 0]))):
         assert found[row][0].token_id == chosen
         assert found[row][0].rank == order[row].tolist().index(chosen) + 1
@@ -203,7 +204,7 @@ def test_logprobs() -> None:
         assert [each.rank for each in found[row][1:]] == [1, 2, 3]
         values = torch.tensor([each.logprob for each in found[row]])
         torch.testing.assert_close(values, expected[row, [each.token_id for each in found[row]]])
-    assert [len(row) for row in logprobs_of(logits, torch.tensor([0, 1]), num_top=0)] == [1, 1]
+    assert [len(row) for row in logprobs_of(logits, [0, 1], num_top=0)] == [1, 1]
 
 
 def test_logprobs_of_a_row_are_the_same_alone_and_among_others() -> None:
@@ -212,7 +213,7 @@ def test_logprobs_of_a_row_are_the_same_alone_and_among_others() -> None:
     torch.set_num_threads(2)
     try:
         logits = _logits(40, vocabulary=40_000)
-        tokens = torch.arange(40)
+        tokens = list(range(40))
         together = logprobs_of(logits, tokens, num_top=2)
         alone = [logprobs_of(logits[row : row + 1], tokens[row : row + 1], num_top=2)[0] for row in range(40)]
     finally:

@@ -32,7 +32,7 @@ _PARAM = "grammar"
 _SOURCES = {
     "json": from_json_schema({"type": "array", "minItems": 1000, "items": {"type": "integer"}}, param=_PARAM),
     "schema": from_json_schema({"type": "array", "minItems": 1000, "items": _PERSON}, param=_PARAM),
-    "regex": from_regex(r"([a-z]{1,12} ){1000}", param=_PARAM),
+    "regex": from_regex(r"([a-z]+ )+", param=_PARAM),
     "lark": from_grammar('start: sum\nsum: NUMBER | sum /[-+*]/ sum | "(" sum ")"\nNUMBER: /[0-9]{1,9}/', param=_PARAM),
 }
 

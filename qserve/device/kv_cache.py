@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qserve.kernels.arena import map_memory
 from qserve.kernels.ops import CacheLayer
 
 
@@ -45,13 +46,22 @@ def block_bytes(shapes: Sequence[CacheShape], *, block_size: int, dtype: torch.d
 def make_cache(
     shapes: Sequence[CacheShape], *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> KVCache:
-    """Zeros, so that what is read and then masked is never a NaN."""
+    """Zeros, so that what is read and then masked is never a NaN.
 
-    def empty(shape: CacheShape, width: int) -> torch.Tensor:
-        return torch.zeros(num_blocks, shape.num_heads, block_size, width, dtype=dtype, device=device)
-
-    layers = (
-        CacheLayer(keys=empty(shape, shape.head_dim), values=empty(shape, shape.value_dim or shape.head_dim))
-        for shape in shapes
-    )
+    On a CPU all layers stand in one mapping of huge pages, for a step reads all over it. Memory is taken as blocks are
+    first written.
+    """
+    widths = [
+        (shape.num_heads, width) for shape in shapes for width in (shape.head_dim, shape.value_dim or shape.head_dim)
+    ]
+    sizes = [num_blocks * block_size * num_heads * width for num_heads, width in widths]
+    if device.type == "cpu":
+        whole = map_memory(sum(sizes) * dtype.itemsize)[: sum(sizes) * dtype.itemsize].view(dtype)
+    else:
+        whole = torch.zeros(sum(sizes), dtype=dtype, device=device)
+    parts = [
+        part.view(num_blocks, num_heads, block_size, width)
+        for part, (num_heads, width) in zip(torch.split(whole, sizes), widths, strict=True)
+    ]
+    layers = (CacheLayer(keys=keys, values=values) for keys, values in zip(parts[::2], parts[1::2], strict=True))
     return KVCache(layers=tuple(layers), block_size=block_size, num_blocks=num_blocks)

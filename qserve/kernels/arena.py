@@ -1,4 +1,4 @@
-"""Memory for packed weights, in huge pages and in the order in which the weights come.
+"""Memory in huge pages: for packed weights, in the order in which they come, and for whoever else reads much of it.
 
 A step reads every weight once, from the first to the last. In pages of 4 KiB that is one miss of the address cache
 every 64 lines, which the processor's own prefetcher does not cross; in pages of 2 MiB the read is one long stream.
@@ -26,17 +26,20 @@ class Arena:
         """A copy that begins on a cache line."""
         start = _round_up(self._used, _LINE)
         if start + tensor.nbytes > self._chunk.nbytes:
-            self._chunk, start = _map(max(_CHUNK, tensor.nbytes)), 0
+            self._chunk, start = map_memory(max(_CHUNK, tensor.nbytes)), 0
         self._used = start + tensor.nbytes
         placed = self._chunk[start : self._used].view(tensor.dtype).view(tensor.shape)
         return placed.copy_(tensor)
 
 
-def _map(num_bytes: int) -> Tensor:
-    """Untouched memory takes none: what is left over at a chunk's end costs addresses alone."""
-    memory = mmap.mmap(-1, _round_up(num_bytes, _HUGE_PAGE) + _HUGE_PAGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+def map_memory(num_bytes: int) -> Tensor:
+    """At least so many bytes, zero, from a page's beginning on. Memory that nobody touches costs addresses alone."""
+    size = _round_up(num_bytes, _HUGE_PAGE) + _HUGE_PAGE
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux: gives them to private memory alone
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
+    else:
+        memory = mmap.mmap(-1, size)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     return whole[-whole.data_ptr() % _HUGE_PAGE :]
 

@@ -59,7 +59,14 @@ QSERVE_INLINE void store_some(float* to, F32 value, int count) {
   if (count > 0) memcpy(to, &value, count * sizeof(float));
 }
 
-// Sums and maxima over lanes, in one fixed tree.
+// Sums and maxima over lanes, in one fixed tree: halves, quarters, and so on. GCC's and Clang's own for AVX-512 is it.
+#if defined(__AVX512F__)
+
+QSERVE_INLINE float sum_lanes(F32 x) { return _mm512_reduce_add_ps((__m512)x); }
+QSERVE_INLINE float max_lanes(F32 x) { return _mm512_reduce_max_ps((__m512)x); }
+
+#else
+
 QSERVE_INLINE float sum_lanes(F32 x) {
   float lane[kLanes];
   store(lane, x);
@@ -75,6 +82,8 @@ QSERVE_INLINE float max_lanes(F32 x) {
     for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
   return lane[0];
 }
+
+#endif
 
 #if defined(__AVX512F__)
 

@@ -1,8 +1,8 @@
 // Queries and keys of each row: normalized, turned by their position, and written with the values into the cache.
-//
-// Keys stand in a block so that sixteen positions are one vector: (kv_heads, head_dim, block_size). Only rotary.cpp
-// and attention.cpp know that; values stand as the cache's shape says, (kv_heads, block_size, head_dim).
+#include <type_traits>
+
 #include "attention.h"
+#include "cache_layout.h"
 #include "normalize.h"
 
 namespace qserve {
@@ -25,35 +25,65 @@ void turn(float* head, const float* cos, const float* sin, int half) {
   }
 }
 
-template <class Element>
-Element stored_as(float x);
-template <>
-float stored_as(float x) {
-  return x;
-}
-template <>
-uint16_t stored_as(float x) {
+uint16_t to_bf16(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-template <class Element>
-void store_row(const float* keys, const float* values, const Attention& attention, const Cache& cache, int64_t slot) {
-  const int64_t size = cache.block_size, head_dim = attention.head_dim;
-  const int64_t block = slot / size, at = slot % size;
-  for (int head = 0; head < attention.num_kv_heads; ++head) {
-    const int64_t start = (block * attention.num_kv_heads + head) * size * head_dim;
-    Element* key = (Element*)cache.keys + start + at;
-    Element* value = (Element*)cache.values + start + at * head_dim;
-    for (int64_t i = 0; i < head_dim; ++i) {
-      key[i * size] = stored_as<Element>(keys[head * head_dim + i]);
-      value[i] = stored_as<Element>(values[head * head_dim + i]);
-    }
+// One head's key and value, to where its position begins.
+template <int Type>
+void store_lanes(const CacheLayout& blocks, const float* key, const float* value, void* keys, void* values) {
+  using Element = std::conditional_t<Type == kF32, float, uint16_t>;
+  const auto stored = [](float x) -> Element {
+    if constexpr (Type == kF32) return x;
+    return to_bf16(x);
+  };
+  for (int64_t d = 0; d < blocks.head_dim; ++d) ((Element*)keys)[d * blocks.block_size] = stored(key[d]);
+  for (int64_t d = 0; d < blocks.head_dim; ++d) ((Element*)values)[d] = stored(value[d]);
+}
+
+#if defined(__AMX_BF16__)
+
+// Each two dimensions of a key are a word of four bytes in a row of their own; each dimension of a value is one half of
+// a word, whose other half is the position beside it and perhaps another thread's.
+void store_tiles(const CacheLayout& blocks, const float* key, const float* value, void* keys, void* values, bool is_odd) {
+  constexpr I32 kNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const I32 rows = kNumbers * splat((int32_t)(blocks.key_stride() * blocks.element));
+  const int64_t step = kLanes * blocks.key_stride() * blocks.element;
+  for (int64_t d = 0; d < blocks.head_dim; d += 2 * kLanes) {
+    const __m512bh words = _mm512_cvtne2ps_pbh((__m512)load<F32>(key + d + kLanes), (__m512)load<F32>(key + d));
+    _mm512_i32scatter_epi32((char*)keys + d / (2 * kLanes) * step, (__m512i)rows, (__m512i)words, 1);
+  }
+  for (int64_t d = 0; d < blocks.head_dim; d += kLanes) {
+    const U32 halves = round_to_bf16(load<F32>(value + d));
+    uint16_t* to = (uint16_t*)values + 2 * d;
+    if (is_odd) _mm512_mask_storeu_epi16(to, 0xaaaaaaaau, (__m512i)halves);
+    if (!is_odd) _mm512_mask_storeu_epi16(to, 0x55555555u, (__m512i)(halves >> 16));
   }
 }
 
-void rotate_row(const Stage& stage, int64_t row) {
+#endif
+
+void store_row(const CacheLayout& blocks, const Cache& cache, const float* keys, const float* values, int64_t slot) {
+  const int64_t block = slot / blocks.block_size, at = slot % blocks.block_size;
+  for (int head = 0; head < blocks.num_kv_heads; ++head) {
+    const int64_t start = blocks.head_start(block, head);
+    const float *key = keys + head * blocks.head_dim, *value = values + head * blocks.head_dim;
+    void* to_key = (char*)cache.keys + (start + blocks.key_offset(at)) * blocks.element;
+    void* to_value = (char*)cache.values + (start + blocks.value_offset(at)) * blocks.element;
+#if defined(__AMX_BF16__)
+    if (blocks.is_tiles) {
+      store_tiles(blocks, key, value, to_key, to_value, at % 2 == 1);
+      continue;
+    }
+#endif
+    const auto store = cache.type == kF32 ? store_lanes<kF32> : store_lanes<kBF16>;
+    store(blocks, key, value, to_key, to_value);
+  }
+}
+
+void rotate_row(const Stage& stage, const CacheLayout& blocks, int64_t row) {
   const Attention& a = *stage.attention;
   float* queries = stage.output + row * a.row_size();
   float* keys = queries + (int64_t)a.num_heads * a.head_dim;
@@ -64,17 +94,26 @@ void rotate_row(const Stage& stage, int64_t row) {
     for (int head = 0; head < a.num_heads + a.num_kv_heads; ++head)
       turn(queries + (int64_t)head * a.head_dim, a.cos + at, a.sin + at, a.half);
   const float* values = keys + (int64_t)a.num_kv_heads * a.head_dim;
-  const auto store = stage.cache->type == kF32 ? store_row<float> : store_row<uint16_t>;
-  store(keys, values, a, *stage.cache, stage.step->slots[row]);
+  store_row(blocks, *stage.cache, keys, values, stage.step->slots[row]);
+}
+
+// Where a task begins: a step's positions share lines of the cache, which no two threads should write at once.
+int64_t first_row(const Stage& stage, int64_t row) {
+  if (row >= stage.rows) return stage.rows;
+  const int64_t* slots = stage.step->slots;
+  const int64_t most = row + kStep < stage.rows ? row + kStep : stage.rows;
+  while (row > 0 && row < most && slots[row] == slots[row - 1] + 1 && slots[row] % kStep != 0) ++row;
+  return row;
 }
 
 }  // namespace
 
 void run_rotate(const Stage& stage, Team& team) {
-  const int64_t rows_per_task = 4;
-  team.run((stage.rows + rows_per_task - 1) / rows_per_task, [&](int64_t task) {
-    for (int64_t row = task * rows_per_task; row < stage.rows && row < (task + 1) * rows_per_task; ++row)
-      rotate_row(stage, row);
+  const CacheLayout blocks(*stage.attention, *stage.cache);
+  const int64_t fair = (stage.rows + team.size() - 1) / team.size(), size = fair < kStep ? fair : kStep;
+  team.run((stage.rows + size - 1) / size, [&](int64_t task) {
+    const int64_t end = first_row(stage, (task + 1) * size);
+    for (int64_t row = first_row(stage, task * size); row < end; ++row) rotate_row(stage, blocks, row);
   });
 }
 

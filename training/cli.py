@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quieten()
     options = _parser(used=arguments[0] if arguments else "").parse_args(arguments)
     word = import_module(options.module)
-    import_module("training.memory").keep_released_memory()  # torch, as every word
+    if "torch" in sys.modules:  # the word computes
+        import_module("training.memory").keep_released_memory()
     try:
         word.run(options)
     except QserveError as error:

@@ -29,7 +29,7 @@ _WORDS = (
     *("seven", "birds", "look", "for", "bread", "near", "an", "old", "wooden", "bridge"),
 )
 _SAMPLE_SECONDS = 2.0
-_TIMEOUT = 120
+_TIMEOUT = 300
 
 Json = dict[str, Any]
 

@@ -90,7 +90,10 @@ class Rotary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheLayer:
-    """One layer's keys and values. Slot s is position s % block_size of block s // block_size."""
+    """One layer's keys and values. Slot s is position s % block_size of block s // block_size.
+
+    Kernels may lay out a block as they like (`csrc/cache_layout.h`): only its size is sure to be what the shape says.
+    """
 
     keys: Tensor  # (num_blocks, num_kv_heads, block_size, head_dim), float32 or bfloat16
     values: Tensor  # the same

@@ -1,12 +1,13 @@
 """Tensors placed in an arena keep their values, begin on a cache line, and never share a byte."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from qserve.kernels.arena import Arena
+from qserve.kernels.arena import Arena, map_memory
 
 DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.float8_e4m3fn)
 
@@ -31,3 +32,27 @@ def test_no_two_share_a_byte() -> None:
     arena = Arena()
     spans = sorted((copy.data_ptr(), copy.nbytes) for copy in (arena.place(make(n, size=77)) for n in range(50)))
     assert all(start + length <= following for (start, length), (following, _) in pairwise(spans))
+
+
+def flags_of_memory(address: int) -> set[str]:
+    """What Linux keeps of the mapping that an address is in."""
+    is_inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if not first.endswith(":"):
+            start, end = (int(part, 16) for part in first.split("-"))
+            is_inside = start <= address < end
+        elif is_inside and first == "VmFlags:":
+            return set(line.split()[1:])
+    return set()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells")
+def test_memory_may_stand_in_huge_pages() -> None:
+    memory = map_memory(5 * 2**20)
+    assert memory.data_ptr() % 2**21 == 0
+    assert memory.nbytes >= 5 * 2**20
+    assert not memory.any()
+    flags = flags_of_memory(memory.data_ptr())
+    assert "sh" not in flags  # shared memory gets none, whatever was advised
+    assert not flags or "hg" in flags

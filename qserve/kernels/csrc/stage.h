@@ -68,7 +68,7 @@ struct Attention {
 };
 
 struct Cache {
-  void* keys;  // (blocks, kv_heads, block_size, head_dim) of type
+  void* keys;  // (blocks, kv_heads, block_size * head_dim) of type, laid out as cache_layout.h says
   void* values;
   int32_t type;  // FloatType, kF32 or kBF16
   int32_t block_size;

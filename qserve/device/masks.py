@@ -7,6 +7,7 @@ constraint tells its tokens as bits.
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class Masks:
 
     def apply(self, logits: Tensor) -> Tensor:
         """A copy with minus infinity where a token is forbidden: (requests, vocabulary)."""
-        masked = logits.clone() if self._bits.count(None) == len(self._bits) else logits + self._grammar_biases(logits)
+        masked = self._follow_grammars(logits)
         for row, token_ids in self._lists:
             biases = torch.full_like(masked[row], -math.inf)
             masked[row] += biases.index_fill_(0, torch.tensor(token_ids, device=masked.device), 0.0)
@@ -48,17 +49,28 @@ class Masks:
             masked[rows, tokens] = -math.inf
         return masked
 
-    def _grammar_biases(self, logits: Tensor) -> Tensor:
-        """0 where a grammar allows a token and in rows without one, minus infinity elsewhere: (requests, vocabulary).
+    def _follow_grammars(self, logits: Tensor) -> Tensor:
+        """A copy with minus infinity where a grammar allows no token.
 
-        Eight at once from a table, and all rows in one go: for 16 rows of 49,152 on one core 0.3 ms, beside an addition
-        that costs no more than the copy; masked_fill takes 4 ms.
+        Eight tokens at once from a table. On the CPU a row after the other, whose biases then never leave its cache: for
+        16 rows of 49,152 in the middle of a step 0.7 ms, where all rows in one go take 1.0, and masked_fill 4.
         """
+        if self._bits.count(None) == len(self._bits):
+            return logits.clone()
         num_bytes = -(-logits.shape[-1] // 8)
-        free = b"\xff" * num_bytes
-        values = torch.frombuffer(bytearray(b"".join(bits or free for bits in self._bits)), dtype=torch.uint8)
-        biases = _bias_table(logits).index_select(0, values.to(logits.device).int())
-        return biases.view(len(self._bits), -1)[:, : logits.shape[-1]]
+        table = _bias_table(logits)
+        if logits.device.type != "cpu":
+            joined = bytearray(b"".join(bits or b"\xff" * num_bytes for bits in self._bits))
+            values = torch.frombuffer(joined, dtype=torch.uint8).to(logits.device).int()
+            return logits + table.index_select(0, values).view(len(self._bits), -1)[:, : logits.shape[-1]]
+        masked = torch.empty_like(logits)
+        for row, bits in enumerate(self._bits):
+            if bits is None:
+                masked[row] = logits[row]
+            else:
+                biases = table.numpy().take(np.frombuffer(bits, dtype=np.uint8), axis=0).reshape(-1)
+                np.add(logits[row].numpy(), biases[: logits.shape[-1]], out=masked[row].numpy())
+        return masked
 
 
 def find_banned_ids(request: Request) -> set[int]:

@@ -36,7 +36,8 @@ class Sampler:
             logits = adjust(logits, requests)
         tokens: list[int | None] = [*_find_best(logits)]
         if is_adjusted:
-            is_dead = logits.amax(dim=-1).isneginf().tolist()
+            best = torch.tensor(tokens, device=logits.device).unsqueeze(1)
+            is_dead = logits.gather(1, best).squeeze(1).isneginf().tolist()
             tokens = [None if dead else token for token, dead in zip(tokens, is_dead, strict=True)]
         drawn = [row for row, each in enumerate(requests) if each.params.temperature > 0 and tokens[row] is not None]
         for row, values in zip(drawn, _to_host(logits, drawn), strict=True):

@@ -13,6 +13,7 @@ one run of memory, group after group. Numbers keep their stored width: nothing i
 
     float values    (tiles, groups, pairs, 16 channels, 2)        float32: (tiles, groups, pairs, 2, 16 channels)
     scales, zeros, offsets                                        (tiles, groups, 16 channels)
+    aligned scales  int16 multiples like scales, and              (tiles, 16 channels) units
 
 A group is padded at its end with codes that mean zero, a last tile with channels of them.
 """
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qserve.kernels.aligned_scales import AlignedScales, align_scales
 from qserve.kernels.stages import FLOAT_TYPES, Form, WeightStruct, address
 from qserve.quant.weight import ActivationQuantization, QuantizedWeight, Weight
 
@@ -39,7 +41,7 @@ KERNEL_ACTIVATIONS = {
 }
 
 
-_PARTS = ("codes", "scales", "zeros", "offsets", "fix", "pre_scale")  # a packed weight's tensors
+_PARTS = ("codes", "scales", "units", "zeros", "offsets", "fix", "pre_scale")  # a packed weight's tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,7 @@ class PackedWeight:
 
     codes: Tensor
     scales: Tensor | None = None
+    units: Tensor | None = None  # where scales are whole multiples of them
     zeros: Tensor | None = None
     offsets: Tensor | None = None
     fix: Tensor | None = None
@@ -90,13 +93,14 @@ class PackedWeight:
         return WeightStruct(
             codes=address(self.codes),
             scales=address(self.scales),
+            units=address(self.units),
             zeros=address(self.zeros),
             offsets=address(self.offsets),
             fix=address(self.fix),
             pre_scale=address(self.pre_scale),
             form=self.form,
             value_type=self.value_type,
-            scale_type=0 if self.scales is None else FLOAT_TYPES[self.scales.dtype],
+            scale_type=FLOAT_TYPES[self.scales.dtype] if self.scales is not None and self.units is None else 0,
             offset_type=0 if self.offsets is None else FLOAT_TYPES[self.offsets.dtype],
             activation=KERNEL_ACTIVATIONS.get(self.activation, 0),
             planes=self.planes,
@@ -177,12 +181,14 @@ def _pack_integer(weight: QuantizedWeight) -> PackedWeight:
     halves = units.view(*units.shape[:4], 2, 4).permute(0, 2, 3, 4, 1, 5)  # (tiles, groups, units, 2, 16, 4)
     packed = (halves[:, :, :, 0] | (halves[:, :, :, 1] << 4) if is_nibble else halves).contiguous()
     is_asymmetric = weight.activation is ActivationQuantization.INT8_ASYMMETRIC
+    aligned = align_scales(weight)
     return PackedWeight(
         codes=packed,
-        scales=_tile(weight.scales),
+        scales=_tile(weight.scales) if aligned is None else _tile_numbers(aligned.multiples, fill=0),
+        units=None if aligned is None else F.pad(aligned.units, (0, -out_features % LANES)),
         zeros=_pack_zeros(weight, code_bias),
         offsets=_tile(weight.offsets),
-        fix=_sum_rows(weight) if is_asymmetric else None,
+        fix=_sum_rows(weight, aligned) if is_asymmetric else None,
         pre_scale=_widen(weight.pre_scale),
         form=Form.INT4 if is_nibble else Form.INT8,
         activation=weight.activation,
@@ -224,12 +230,14 @@ def _pack_zeros(weight: QuantizedWeight, code_bias: int) -> Tensor | None:
     return _tile_numbers((weight.zero_points.to(torch.int16) + code_bias).to(torch.uint8), fill=code_bias)
 
 
-def _sum_rows(weight: QuantizedWeight) -> Tensor:
-    """What each channel gives for inputs that are all one, summed as the kernels sum: (tiles * 16,) float32."""
+def _sum_rows(weight: QuantizedWeight, aligned: AlignedScales | None) -> Tensor:
+    """What each channel gives for inputs that are all one, as the kernels sum: (tiles * 16,), int32 if aligned."""
     out_features, num_groups = weight.scales.shape
     sums = weight.codes.view(out_features, num_groups, -1).sum(dim=2, dtype=torch.int32)
     if weight.zero_points is not None:
         sums = sums - weight.zero_points.to(torch.int32) * weight.group_size
+    if aligned is not None:
+        return F.pad((aligned.multiples * sums).sum(dim=1, dtype=torch.int32), (0, -out_features % LANES))
     total = torch.zeros(out_features)
     for group in range(num_groups):
         total = total + weight.scales[:, group].to(torch.float32) * sums[:, group].to(torch.float32)

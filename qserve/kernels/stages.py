@@ -38,6 +38,7 @@ class WeightStruct(Structure):
     _fields_ = (
         ("codes", c_void_p),
         ("scales", c_void_p),
+        ("units", c_void_p),
         ("zeros", c_void_p),
         ("offsets", c_void_p),
         ("fix", c_void_p),

@@ -1,15 +1,20 @@
 """The integer formula against plain loops."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from qserve.kernels.aligned_scales import align_scales
 from qserve.kernels.reference_activations import ROUND_TRIPS, quantize_int8_asymmetric, quantize_int8_symmetric
 from qserve.kernels.reference_integer import integer_linear
 from qserve.quant.weight import ActivationQuantization, QuantizedWeight
 
 
-def _weight(activation: ActivationQuantization, *, has_zero_points: bool, group_size: int = 16) -> QuantizedWeight:
+def _weight(
+    activation: ActivationQuantization, *, has_zero_points: bool, group_size: int = 16, bits: int = 4
+) -> QuantizedWeight:
     torch.manual_seed(1)
     groups = (24, 96 // group_size)
     return QuantizedWeight(
@@ -17,21 +22,29 @@ def _weight(activation: ActivationQuantization, *, has_zero_points: bool, group_
         scales=(torch.rand(groups) * 0.1).to(torch.bfloat16),
         zero_points=torch.randint(-3, 4, groups, dtype=torch.int8) if has_zero_points else None,
         group_size=group_size,
-        bits=4,
+        bits=bits,
         dtype=torch.float32,
         activation=activation,
     )
 
 
 def _plain(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """The formula in loops over tokens and groups, integers in Python's own."""
+    """The formula in loops over tokens and groups, integers as integers."""
     is_symmetric = weight.activation is ActivationQuantization.INT8_SYMMETRIC
     quantized = (*quantize_int8_symmetric(x), torch.zeros(len(x), 1)) if is_symmetric else quantize_int8_asymmetric(x)
     codes, scales, zeros = quantized
     shifted = weight.codes.to(torch.int64).view(24, -1, weight.group_size)
     if weight.zero_points is not None:
         shifted = shifted - weight.zero_points.to(torch.int64).unsqueeze(-1)
+    aligned = align_scales(weight)
     y = torch.empty(len(x), 24)
+    if aligned is not None:
+        shifted = shifted * aligned.multiples.to(torch.int64).unsqueeze(-1)
+        for token in range(len(x)):
+            grouped = codes[token].to(torch.int64).view(-1, weight.group_size)
+            total = (shifted * (grouped - int(zeros[token]))).sum((1, 2))
+            y[token] = scales[token] * (aligned.units * total.to(torch.float32))
+        return y
     for token in range(len(x)):
         grouped = codes[token].to(torch.int64).view(-1, weight.group_size)
         total, fix = torch.zeros(24), torch.zeros(24)
@@ -43,12 +56,17 @@ def _plain(x: Tensor, weight: QuantizedWeight) -> Tensor:
     return y
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("has_zero_points", [False, True])
 @pytest.mark.parametrize("activation", [ActivationQuantization.INT8_ASYMMETRIC, ActivationQuantization.INT8_SYMMETRIC])
-def test_the_integer_formula(activation: ActivationQuantization, has_zero_points: bool) -> None:
-    weight = _weight(activation, has_zero_points=has_zero_points)
+def test_the_integer_formula(activation: ActivationQuantization, has_zero_points: bool, bits: int) -> None:
+    weight = _weight(activation, has_zero_points=has_zero_points, bits=bits)
+    assert (align_scales(weight) is None) == (bits == 8)
     x = torch.randn(5, 96)
     y = integer_linear(x, weight)
     assert torch.equal(y, _plain(x, weight))
     assert torch.equal(y[2:3], integer_linear(x[2:3], weight))
+    aligned = align_scales(weight)
+    if aligned is not None:
+        weight = replace(weight, scales=aligned.units.unsqueeze(1) * aligned.multiples)
     torch.testing.assert_close(y, ROUND_TRIPS[activation](x) @ weight.dequantize().T, atol=1e-4, rtol=1e-4)

@@ -55,11 +55,32 @@ inline Pieces split_tiles(const Weight& w, int64_t tile_bytes, const Team& team)
   return {tiles, for_bytes > for_count ? for_bytes : for_count};
 }
 
+// Tasks of a kernel that unpacks weights for all the rows it is given: pieces of rows by pieces of tiles, these in pairs.
+struct Blocks {
+  Pieces rows, tiles;
+  int64_t count() const { return rows.count() * tiles.count(); }
+};
+
+// Many rows are shared out by row, all channels each: what a thread writes stays in its own cache, and weights are
+// unpacked once for so many rows that it costs little. Few rows are shared out by channel.
+inline Blocks split_blocks(const Weight& w, int64_t num_rows, const Team& team) {
+  constexpr int64_t kFewRows = 32, kManyRows = 128, kTasksPerThread = 8;
+  const int64_t share = (num_rows + team.size() - 1) / team.size();
+  const int64_t tiles = w.tiles() + w.tiles() % 2;
+  if (share >= kFewRows) {
+    const int64_t rows = (share + (share + kManyRows - 1) / kManyRows - 1) / ((share + kManyRows - 1) / kManyRows);
+    return {{num_rows, (rows + 15) / 16 * 16}, {w.tiles(), tiles}};
+  }
+  const int64_t size = (tiles + team.size() * kTasksPerThread - 1) / (team.size() * kTasksPerThread);
+  return {{num_rows, num_rows}, {w.tiles(), size + size % 2}};
+}
+
 void multiply_integer(const Weight& w, const Rows& rows, const Output& output, Scratch& scratch, Team& team);
 void multiply_float(const Weight& w, const Rows& rows, const Output& output, Team& team);
 
 // By AMX; false where this build, this weight or so few rows are not for it. Equal bits to multiply_integer.
 bool multiply_integer_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team);
+bool multiply_aligned_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team);
 bool multiply_group_tiles(const Weight& w, const Rows& rows, const Output& output, Scratch& scratch, Team& team);
 void multiply_bf16_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team);
 

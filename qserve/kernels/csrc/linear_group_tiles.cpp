@@ -3,6 +3,9 @@
 // so is a code. All products are multiples of the scale and a group's sum stays below 2^24 of it, so float32 holds every
 // partial sum, in whatever order AMX adds. A tile then gives scale * sum of a group at once: both planes added, already
 // float. That is a third of the work behind each group that integer tiles need (linear_tiles.cpp), and the same bits.
+//
+// A task unpacks the codes of 32 channels once, for all its rows. A tile's sums of one group go through the first cache
+// into 16 registers, one a row, which stand for a whole chunk of groups.
 #include "group.h"
 #include "linear.h"
 #include "tiles.h"
@@ -13,8 +16,8 @@ namespace qserve {
 
 namespace {
 
-constexpr int kBatch = 4;  // groups whose sums are stored before any is added: fewer loads and stores of y
-constexpr int kBlockRows = 32;
+constexpr int kRows = 16;   // of the batch, in a tile
+constexpr int kChains = 4;   // tiles that sum independently, since one would wait for its own last product
 
 // A group's largest sum, in units of the input's scale, is below 2^24.
 bool is_exact(const Weight& w) {
@@ -23,7 +26,7 @@ bool is_exact(const Weight& w) {
 }
 
 bool is_for_groups(const Weight& w, const Rows& rows) {
-  constexpr int kFewest = 10;  // measured: with fewer rows the vector kernel is faster
+  constexpr int kFewest = 9;  // measured: with fewer rows the vector kernel is faster
   return w.form == kInt4 && w.planes == 2 && rows.count >= kFewest && is_exact(w) && allow_tiles();
 }
 
@@ -79,10 +82,11 @@ void widen_unit(const uint8_t* codes, I32 zeros, uint16_t* to) {
     }
 }
 
-void unpack_group(const Weight& w, int64_t index, __m512i table, uint16_t* to) {
+void unpack_group(const Weight& w, int64_t index, uint16_t* to) {
   const int units = w.padded_group / 8;
   const uint8_t* codes = w.codes + index * units * 64;
   if (w.zeros == nullptr) {
+    const __m512i table = _mm512_loadu_si512(CodeTable(w.code_bias).values);
     for (int unit = 0; unit < units; ++unit) look_up_unit(codes + unit * 64, table, to + unit * 128);
     return;
   }
@@ -98,24 +102,18 @@ struct Slab {
   int64_t stride;   // of codes, from one tile to the other
 };
 
-Slab unpack(const Weight& w, int tile) {
-  Scratch& scratch = thread_scratch();
-  scratch.reset();
-  const int64_t numbers = (int64_t)w.groups * kLanes, stride = (int64_t)w.padded_features() * kLanes;
-  const Slab slab = {scratch.take<uint16_t>(2 * stride), scratch.take<float>(2 * numbers),
-                     scratch.take<float>(2 * numbers), stride};
-  const __m512i table = _mm512_loadu_si512(CodeTable(w.code_bias).values);
+void unpack(const Weight& w, int tile, const Slab& slab) {
+  const int64_t numbers = (int64_t)w.groups * kLanes;
   for (int t = 0; t < 2; ++t) {
     const int64_t from = tile + t < w.tiles() ? tile + t : tile;
     for (int g = 0; g < w.groups; ++g) {
       const int64_t index = from * w.groups + g;
-      unpack_group(w, index, table, slab.codes + t * stride + (int64_t)g * w.padded_group * kLanes);
+      unpack_group(w, index, slab.codes + t * slab.stride + (int64_t)g * w.padded_group * kLanes);
       const GroupScales group = load_scales(w, index * kLanes);
       store(slab.scales + t * numbers + (int64_t)g * kLanes, group.scale);
       store(slab.offsets + t * numbers + (int64_t)g * kLanes, group.offset);
     }
   }
-  return slab;
 }
 
 template <bool HasOffset>
@@ -125,102 +123,122 @@ struct GroupKernel {
   const uint16_t* inputs;  // (count, 2, stride)
   const Output& output;
   const Slab& slab;
-  int tile;
 
-  // sums[2 row tiles][2 channel tiles][16][16] of one group.
-  QSERVE_INLINE void dot_group(int64_t first_row, bool has_lower, int64_t at, float* sums) const {
+  struct Sums {
+    alignas(64) float of[kChains][kRows][kLanes];
+  };
+
+  template <int Chain>
+  QSERVE_INLINE void dot_group(const uint16_t* x, const uint16_t* codes, Sums& sums) const {
+    constexpr int kInputs = 4 + Chain % 2, kCodes = 6 + Chain % 2, kStep = 32;
     const int64_t row_bytes = rows.stride * 4;
-    const uint16_t* upper = inputs + first_row * 2 * rows.stride;
-    const uint16_t* lower = upper + 16 * 2 * rows.stride;
-    const uint16_t* left = slab.codes + at * kLanes;
-    const uint16_t* right = left + slab.stride;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t k = at; k < at + w.padded_group; k += 32, left += 512, right += 512) {
-      _tile_loadd(6, left, 64);
-      _tile_loadd(7, right, 64);
-      for (int64_t plane = 0; plane < 2; ++plane) {
-        _tile_loadd(4, upper + plane * rows.stride + k, row_bytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if (!has_lower) continue;
-        _tile_loadd(5, lower + plane * rows.stride + k, row_bytes);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
+    tile_zero<Chain>();
+    for (int at = 0; at < w.padded_group; at += kStep) {
+      tile_load<kCodes>(codes + at * kLanes, 64);
+      tile_load<kInputs>(x + at, row_bytes);
+      tile_dot_bf16<Chain, kInputs, kCodes>();
+      tile_load<kInputs>(x + at + rows.stride, row_bytes);
+      tile_dot_bf16<Chain, kInputs, kCodes>();
     }
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + 256, 64);
-    if (!has_lower) return;
-    _tile_stored(2, sums + 512, 64);
-    _tile_stored(3, sums + 768, 64);
+    tile_store<Chain>(sums.of[Chain]);
   }
 
-  // As add_group<2> does: the input's scale is in the sums, and being a power of two it rounds nothing there or here.
-  template <int Count>
-  QSERVE_INLINE void add_sums(int g, int64_t first_row, int num_rows, int t, const float (*sums)[1024], F32* y) const {
-    F32 scales[Count], offsets[Count];
-    for (int i = 0; i < Count; ++i) {
-      const int64_t at = ((int64_t)t * w.groups + g + i) * kLanes;
-      scales[i] = load<F32>(slab.scales + at), offsets[i] = load<F32>(slab.offsets + at);
-    }
-    const float* totals = rows.totals + first_row * w.groups + g;
-    for (int r = 0; r < num_rows; ++r, totals += w.groups) {
-      const float* from = sums[0] + r / 16 * 512 + t * 256 + r % 16 * kLanes;
-      F32 total = y[r];
-      for (int i = 0; i < Count; ++i) {
-        total = fused(scales[i], load<F32>(from + i * 1024), total);
-        if (HasOffset) total = fused(offsets[i], splat(totals[i]), total);
-      }
-      y[r] = total;
+  // Up to four groups from g on.
+  QSERVE_INLINE void dot_groups(int count, const uint16_t* x, const uint16_t* codes, Sums& sums) const {
+    const int64_t size = w.padded_group;
+    dot_group<0>(x, codes, sums);
+    if (count > 1) dot_group<1>(x + size, codes + size * kLanes, sums);
+    if (count > 2) dot_group<2>(x + 2 * size, codes + 2 * size * kLanes, sums);
+    if (count > 3) dot_group<3>(x + 3 * size, codes + 3 * size * kLanes, sums);
+  }
+
+  // As add_group<2> does; the input's scale is in the sums, and being a power of two it rounds nothing there or here.
+  QSERVE_INLINE void add(const float (*sums)[kLanes], int64_t row, int t, int g, F32* y) const {
+    const int64_t at = ((int64_t)t * w.groups + g) * kLanes;
+    const F32 scale = load<F32>(slab.scales + at), offset = load<F32>(slab.offsets + at);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      y[r] = fused(scale, load<F32>(sums[r]), y[r]);
+      if (HasOffset) y[r] = fused(offset, splat(rows.totals[(row + r) * w.groups + g]), y[r]);
     }
   }
 
-  // Two tiles of rows by two of channels.
-  void multiply(int64_t first_row) const {
-    alignas(64) float sums[kBatch][1024];
-    F32 y[2][kBlockRows] = {};
-    const int num_rows = (int)(rows.count - first_row < kBlockRows ? rows.count - first_row : kBlockRows);
-    for (int g = 0; g < w.groups; g += kBatch) {
-      const int count = w.groups - g < kBatch ? w.groups - g : kBatch;
-      for (int i = 0; i < count; ++i) dot_group(first_row, num_rows > 16, (int64_t)(g + i) * w.padded_group, sums[i]);
-      for (int t = 0; t < 2; ++t) {
-        if (count == kBatch) add_sums<kBatch>(g, first_row, num_rows, t, sums, y[t]);
-        for (int i = 0; count < kBatch && i < count; ++i) add_sums<1>(g + i, first_row, num_rows, t, sums + i, y[t]);
-      }
+  // Groups [begin, end) of kRows rows and 16 channels, added to `to`, (kRows, 16).
+  void take_chunk(int64_t row, int t, int begin, int end, float* to) const {
+    Sums sums;
+    F32 y[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) y[r] = load<F32>(to + r * kLanes);
+    const int64_t size = w.padded_group;
+    const uint16_t* x = inputs + row * 2 * rows.stride + begin * size;
+    const uint16_t* codes = slab.codes + t * slab.stride + begin * size * kLanes;
+    int g = begin;
+    for (; g + kChains <= end; g += kChains, x += kChains * size, codes += kChains * size * kLanes) {
+      dot_groups(kChains, x, codes, sums);
+#pragma GCC unroll 4
+      for (int i = 0; i < kChains; ++i) add(sums.of[i], row, t, g + i, y);
     }
-    for (int r = 0; r < num_rows; ++r)
-      for (int t = 0; t < 2 && tile + t < w.tiles(); ++t) output.put(first_row + r, tile + t, y[t][r]);
+    if (g < end) dot_groups(end - g, x, codes, sums);
+    for (int i = 0; g + i < end; ++i) add(sums.of[i], row, t, g + i, y);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) store(to + r * kLanes, y[r]);
+  }
+
+  void put(int64_t row, int tile, const float* y) const {
+    for (int64_t r = row; r < rows.count && r < row + kRows; ++r, y += kLanes)
+      output.put(r, tile, finish_row<2>(load<F32>(y), w, rows, r, tile));
+  }
+
+  // Rows [begin, end) of a pair of tiles; the codes of a chunk of groups stay in the first cache while rows pass.
+  void multiply(int tile, int64_t begin, int64_t end, float* y) const {
+    constexpr int kChunk = 512;  // inputs
+    const int chunk = w.padded_group < kChunk ? kChunk / w.padded_group : 1;
+    const int num_tiles = tile + 1 < w.tiles() ? 2 : 1;
+    memset(y, 0, (end - begin + kRows - 1) / kRows * kRows * 2 * kLanes * sizeof(float));
+    for (int g = 0; g < w.groups; g += chunk) {
+      const int stop = g + chunk < w.groups ? g + chunk : w.groups;
+      for (int64_t row = begin; row < end; row += kRows)
+        for (int t = 0; t < num_tiles; ++t) {
+          float* to = y + ((row - begin) * 2 + t * kRows) * kLanes;
+          take_chunk(row, t, g, stop, to);
+          if (stop == w.groups) put(row, tile + t, to);
+        }
+    }
   }
 };
 
 template <bool HasOffset>
-void multiply_piece(const Weight& w, const Rows& rows, const uint16_t* inputs, const Output& output, int tile,
-                    int64_t begin, int64_t end) {
-  const Slab slab = unpack(w, tile);
-  const GroupKernel<HasOffset> kernel = {w, rows, inputs, output, slab, tile};
+void multiply_block(const Weight& w, const Rows& rows, const uint16_t* inputs, const Output& output, const Blocks& blocks,
+                    int64_t task) {
+  const int64_t block = task / blocks.tiles.count(), piece = task % blocks.tiles.count();
+  const int64_t begin = blocks.rows.begin(block), end = blocks.rows.end(block);
+  Scratch& scratch = thread_scratch();
+  scratch.reset();
+  const int64_t numbers = (int64_t)w.groups * kLanes, stride = (int64_t)w.padded_features() * kLanes;
+  float* y = scratch.take<float>((end - begin + kRows) * 2 * kLanes);
+  const Slab slab = {scratch.take<uint16_t>(2 * stride), scratch.take<float>(2 * numbers),
+                     scratch.take<float>(2 * numbers), stride};
   const TileScope scope(16);
-  for (int64_t row = begin; row < end; row += kBlockRows) kernel.multiply(row);
+  const GroupKernel<HasOffset> kernel = {w, rows, inputs, output, slab};
+  for (int64_t tile = blocks.tiles.begin(piece); tile < blocks.tiles.end(piece); tile += 2) {
+    unpack(w, (int)tile, slab);
+    kernel.multiply((int)tile, begin, end, y);
+  }
 }
 
 }  // namespace
 
 bool multiply_group_tiles(const Weight& w, const Rows& rows, const Output& output, Scratch& scratch, Team& team) {
   if (!is_for_groups(w, rows)) return false;
-  uint16_t* inputs = scratch.take<uint16_t>((rows.count + kBlockRows) * 2 * rows.stride);
-  const Pieces few = {rows.count, 4}, blocks = split_rows(rows.count, rows.stride * 4, kBlockRows);
+  uint16_t* inputs = scratch.take<uint16_t>((rows.count + 16) * 2 * rows.stride);
+  const Pieces few = {rows.count, 4};
   team.run(few.count(), [&](int64_t piece) {
     for (int64_t row = few.begin(piece); row < few.end(piece); ++row)
       widen_row(w, rows, row, inputs + row * 2 * rows.stride);
   });
-  const auto kernel = w.offsets == nullptr ? multiply_piece<false> : multiply_piece<true>;
-  const int64_t pairs = (w.tiles() + 1) / 2;
-  team.run(pairs * blocks.count(), [&](int64_t task) {
-    const int64_t block = task / pairs;
-    kernel(w, rows, inputs, output, (int)(task % pairs) * 2, blocks.begin(block), blocks.end(block));
-  });
+  const auto multiply = w.offsets == nullptr ? multiply_block<false> : multiply_block<true>;
+  const Blocks blocks = split_blocks(w, rows.count, team);
+  team.run(blocks.count(), [&](int64_t task) { multiply(w, rows, inputs, output, blocks, task); });
   return true;
 }
 

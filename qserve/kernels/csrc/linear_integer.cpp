@@ -1,4 +1,5 @@
 // Integer weights times integer inputs, sixteen output channels at a time: for few rows, and for every target.
+#include "aligned.h"
 #include "group.h"
 #include "linear.h"
 
@@ -71,6 +72,46 @@ void multiply_tile(const Weight& w, const Rows& rows, const Output& output, int 
     output.put(first_row + r, tile, finish_row<Planes>(y[r], w, rows, first_row + r, tile));
 }
 
+// The same with aligned scales: sums of so many groups as 32 bits hold, and of those in double.
+template <int Units, int NumRows>
+void multiply_aligned_tile(const Weight& w, const Rows& rows, const Output& output, int tile, int64_t first_row) {
+  constexpr int kMostInputs = 512;  // 128 * 8 * 4079 for each stays below 2^31
+  const int units = Units ? Units : w.padded_group / 8;
+  const int most = w.group_size < kMostInputs ? kMostInputs / w.group_size : 1;
+  const int8_t* inputs[NumRows];
+  for (int r = 0; r < NumRows; ++r) inputs[r] = rows.codes + (first_row + r) * rows.stride;
+  Doubles y[NumRows] = {};
+  int64_t index = (int64_t)tile * w.groups;
+  const uint8_t* codes = w.codes + index * units * 64;
+  for (int g = 0; g < w.groups;) {
+    I32 totals[NumRows] = {};
+    for (const int end = g + most < w.groups ? g + most : w.groups; g < end; ++g, ++index, codes += units * 64) {
+      I32 sums[NumRows];
+      for (int r = 0; r < NumRows; ++r) sums[r] = splat(rows.starts[(first_row + r) * w.groups + g]);
+      if (w.zeros != nullptr) {
+        const I32 zeros = (I32)widen(load<U8x16>(w.zeros + index * kLanes));
+        for (int r = 0; r < NumRows; ++r) sums[r] *= zeros;
+      }
+      dot_group<4, NumRows>(codes, units, inputs, (int64_t)g * w.padded_group, sums);
+      const I32 multiples = load_multiples(w, index * kLanes);
+      for (int r = 0; r < NumRows; ++r) totals[r] += sums[r] * multiples;
+    }
+    for (int r = 0; r < NumRows; ++r) y[r] = y[r] + to_doubles(totals[r]);
+  }
+  const AlignedFinish finish(w, tile);
+  for (int64_t r = 0; r < NumRows; ++r) {
+    const int64_t row = first_row + r;
+    output.put(row, tile, finish(y[r], rows.scales[row], rows.zeros[row]));
+  }
+}
+
+template <int Units, int NumRows = 8>
+void multiply_aligned_rows(const Weight& w, const Rows& rows, const Output& output, int tile, int64_t row) {
+  for (; row + NumRows <= rows.count; row += NumRows) multiply_aligned_tile<Units, NumRows>(w, rows, output, tile, row);
+  if constexpr (NumRows > 1)
+    if (row < rows.count) multiply_aligned_rows<Units, NumRows / 2>(w, rows, output, tile, row);
+}
+
 // As many rows at once as registers hold their sums, then half as many, down to one.
 template <int Bits, int Planes, int Units, int NumRows = 8 / Planes>
 void multiply_rows(const Weight& w, const Rows& rows, const Output& output, int tile, int64_t row) {
@@ -87,6 +128,7 @@ Kernel choose_kernel(const Weight& w) {
       {multiply_rows<4, 1, 0>, multiply_rows<4, 2, 0>, multiply_rows<4, 3, 0>},
       {multiply_rows<8, 1, 0>, multiply_rows<8, 2, 0>, multiply_rows<8, 3, 0>},
   };
+  if (w.units != nullptr) return w.padded_group == 32 ? multiply_aligned_rows<4> : multiply_aligned_rows<0>;
   static constexpr Kernel of_32[2] = {multiply_rows<4, 1, 4>, multiply_rows<4, 2, 4>};
   if (w.form == kInt4 && w.padded_group == 32 && w.planes < 3) return of_32[w.planes - 1];
   return kernels[w.form == kInt8][w.planes - 1];
@@ -95,8 +137,9 @@ Kernel choose_kernel(const Weight& w) {
 }  // namespace
 
 void multiply_integer(const Weight& w, const Rows& rows, const Output& output, Scratch& scratch, Team& team) {
-  if (multiply_group_tiles(w, rows, output, scratch, team)) return;
-  if (multiply_integer_tiles(w, rows, output, team)) return;
+  if (w.units != nullptr && multiply_aligned_tiles(w, rows, output, team)) return;
+  if (w.units == nullptr && multiply_group_tiles(w, rows, output, scratch, team)) return;
+  if (w.units == nullptr && multiply_integer_tiles(w, rows, output, team)) return;
   const Kernel kernel = choose_kernel(w);
   const int64_t tile_bytes = (int64_t)w.padded_features() * (w.form == kInt4 ? 8 : 16);
   const Pieces pieces = split_tiles(w, tile_bytes * (rows.count < 8 ? rows.count : 8), team);

@@ -222,7 +222,7 @@ Rows take_rows(const Weight& w, int count, Scratch& scratch) {
   rows.codes = scratch.take<int8_t>(plane_rows * rows.stride);
   rows.starts = scratch.take<int32_t>((int64_t)count * w.groups * w.planes);
   rows.scales = scratch.take<float>((int64_t)count * (w.planes == 2 ? w.groups : 1));
-  rows.totals = scratch.take<float>((int64_t)count * w.groups);
+  rows.totals = scratch.take<float>((int64_t)(count + 16) * w.groups);
   rows.zeros = scratch.take<float>(count);
   return rows;
 }

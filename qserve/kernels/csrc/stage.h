@@ -12,9 +12,10 @@ enum ActivationForm : int32_t { kExact = 0, kAsymmetric = 1, kSymmetric = 2, kFl
 struct Weight {
   const uint8_t* codes;
   const void* scales;      // (tiles, groups, 16) of scale_type; null for plain float weights
+  const float* units;      // (tiles, 16): `scales` are int16 multiples of these, see aligned.h; or null
   const uint8_t* zeros;    // (tiles, groups, 16), in the units of the unsigned codes; null where all are code_bias
   const void* offsets;     // (tiles, groups, 16) of offset_type, or null
-  const float* fix;        // (tiles, 16): what one unit of an input's zero point adds; asymmetric inputs only
+  const void* fix;         // (tiles, 16) float, or int32 with units: what one unit of an input's zero point adds, or null
   const float* pre_scale;  // (in_features,) or null
   int32_t form;            // Form
   int32_t value_type;      // FloatType of the codes of a float weight

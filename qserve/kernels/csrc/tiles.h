@@ -2,21 +2,51 @@
 #pragma once
 #include <cstdint>
 
+#include "lanes.h"
+
 namespace qserve {
 
 // True once this process may use the tiles; false where the build or the system has none.
 bool allow_tiles();
 
 #if defined(__AMX_TILE__)
-// Tiles 0 to 3 are sums (16 rows x 64 bytes), 4 and 5 inputs (16 x 4 depth), 6 and 7 weights (depth x 64): `depth`
+
+// Tiles 0 to 3 are sums (`rows` x 64 bytes), 4 and 5 inputs (`rows` x 4 depth), 6 and 7 weights (depth x 64): `depth`
 // rows of four bytes along the input, 8 or 16. Released at the end, for others in this thread configure tiles too.
 class TileScope {
  public:
-  explicit TileScope(int depth);
+  explicit TileScope(int depth, int rows = 16);
   ~TileScope();
   TileScope(const TileScope&) = delete;
   TileScope& operator=(const TileScope&) = delete;
 };
+
+// The compiler's own intrinsics take tile numbers as text, which a template cannot give.
+template <int Tile>
+QSERVE_INLINE void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(Tile));
+}
+
+template <int Tile>
+QSERVE_INLINE void tile_load(const void* from, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(Tile) : "memory");
+}
+
+template <int Tile>
+QSERVE_INLINE void tile_store(void* to) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"((int64_t)64), "i"(Tile) : "memory");
+}
+
+template <int Sums, int Inputs, int Weights>
+QSERVE_INLINE void tile_dot_int8() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(Inputs), "i"(Weights));
+}
+
+template <int Sums, int Inputs, int Weights>
+QSERVE_INLINE void tile_dot_bf16() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(Inputs), "i"(Weights));
+}
+
 #endif
 
 }  // namespace qserve

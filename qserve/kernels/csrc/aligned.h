@@ -1,0 +1,69 @@
+// Aligned scales: those of a channel are whole multiples of one unit, so its sum over all groups is an integer, which no
+// order of adding can change. See aligned_scales.py.
+#pragma once
+#include "lanes.h"
+#include "rows.h"
+
+namespace qserve {
+
+typedef double F64 __attribute__((vector_size(64)));
+typedef int32_t I32x8 __attribute__((vector_size(32)));
+typedef float F32x8 __attribute__((vector_size(32)));
+
+// Sixteen lanes of double: they hold integers of up to 53 bits.
+struct Doubles {
+  F64 low, high;
+};
+
+#if defined(__AVX512F__)  // GCC 12 would go through memory
+
+QSERVE_INLINE Doubles to_doubles(I32 x) {
+  return {(F64)_mm512_cvtepi32_pd(_mm512_castsi512_si256((__m512i)x)),
+          (F64)_mm512_cvtepi32_pd(_mm512_extracti64x4_epi64((__m512i)x, 1))};
+}
+QSERVE_INLINE F32 to_float(Doubles x) {
+  const __m512d low = _mm512_castps_pd(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)x.low)));
+  return (F32)_mm512_castpd_ps(_mm512_insertf64x4(low, _mm256_castps_pd(_mm512_cvtpd_ps((__m512d)x.high)), 1));
+}
+
+#else
+
+QSERVE_INLINE Doubles to_doubles(I32 x) {
+  I32x8 halves[2];
+  memcpy(halves, &x, sizeof x);
+  return {__builtin_convertvector(halves[0], F64), __builtin_convertvector(halves[1], F64)};
+}
+QSERVE_INLINE F32 to_float(Doubles x) {
+  const F32x8 halves[2] = {__builtin_convertvector(x.low, F32x8), __builtin_convertvector(x.high, F32x8)};
+  return load<F32>(halves);
+}
+
+#endif
+
+QSERVE_INLINE Doubles operator*(Doubles x, double factor) { return {x.low * factor, x.high * factor}; }
+QSERVE_INLINE Doubles operator+(Doubles x, Doubles y) { return {x.low + y.low, x.high + y.high}; }
+QSERVE_INLINE Doubles operator-(Doubles x, Doubles y) { return {x.low - y.low, x.high - y.high}; }
+
+// Of 16 channels and one group.
+QSERVE_INLINE I32 load_multiples(const Weight& w, int64_t index) {
+  return (I32)(widen(load<U16x16>((const uint16_t*)w.scales + index)) << 16) >> 16;
+}
+
+// From the exact sum over all groups to the result of 16 channels: exact too, up to one rounding to float32 and that of
+// the input's scale.
+class AlignedFinish {
+ public:
+  AlignedFinish(const Weight& w, int tile) : unit_(load<F32>(w.units + tile * kLanes)), fix_{} {
+    if (w.fix != nullptr) fix_ = to_doubles(load<I32>((const int32_t*)w.fix + tile * kLanes));
+  }
+
+  QSERVE_INLINE F32 operator()(Doubles total, float scale, float zero) const {
+    return splat(scale) * (unit_ * to_float(total - fix_ * (double)zero));
+  }
+
+ private:
+  F32 unit_;
+  Doubles fix_;
+};
+
+}  // namespace qserve

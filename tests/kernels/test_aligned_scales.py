@@ -1,0 +1,70 @@
+"""Aligned scales: exact where they can be, near where they cannot."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qserve.kernels.aligned_scales import align_scales
+from qserve.quant.weight import ActivationQuantization, QuantizedWeight
+
+
+def _weight(scales: Tensor, **changes: Any) -> QuantizedWeight:
+    fields: dict[str, Any] = {
+        "codes": torch.zeros(scales.shape[0], scales.shape[1] * changes.get("group_size", 32), dtype=torch.int8),
+        "scales": scales,
+        "group_size": 32,
+        "bits": 4,
+        "dtype": torch.float32,
+        "activation": ActivationQuantization.INT8_ASYMMETRIC,
+    }
+    return QuantizedWeight(**{**fields, **changes})
+
+
+def test_bfloat16_scales_within_four_powers_of_two_are_exact() -> None:
+    torch.manual_seed(0)
+    scales = (torch.rand(64, 18) * 7 + 1).mul(1e-3).to(torch.bfloat16)
+    aligned = align_scales(_weight(scales))
+    assert aligned is not None
+    assert torch.equal(aligned.units.unsqueeze(1) * aligned.multiples, scales.to(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_other_scales_move_by_little_of_their_channels_largest(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    scales = torch.exp2(torch.rand(64, 18) * 12 - 14).to(dtype)
+    aligned = align_scales(_weight(scales))
+    assert aligned is not None
+    moved = (aligned.units.unsqueeze(1) * aligned.multiples - scales.to(torch.float32)).abs()
+    assert bool((moved <= scales.to(torch.float32).amax(dim=1, keepdim=True) * 2**-11).all())
+    assert int(aligned.multiples.max()) <= 4079
+
+
+def test_channels_of_zeros_and_negative_scales() -> None:
+    scales = torch.tensor([[0.0, 0.0], [-1.0, 0.5], [3e38, 1e-38]])
+    aligned = align_scales(_weight(scales))
+    assert aligned is not None
+    assert bool(aligned.units.isfinite().all())
+    assert aligned.multiples[0].tolist() == [0, 0]
+    assert aligned.multiples[1, 0] == -2 * aligned.multiples[1, 1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bits": 8},
+        {"activation": ActivationQuantization.NONE},
+        {"offsets": torch.ones(4, 6)},
+        {"zero_points": torch.full((4, 6), 9, dtype=torch.int8)},
+        {"zero_points": torch.ones(4, 6)},
+        {"group_size": 1024},
+    ],
+    ids=["int8", "float-inputs", "offsets", "far-zeros", "float-zeros", "long-groups"],
+)
+def test_weights_that_keep_their_scales(changes: dict[str, Any]) -> None:
+    assert align_scales(_weight(torch.ones(4, 6), **changes)) is None
+
+
+def test_one_group_keeps_its_scale() -> None:
+    assert align_scales(_weight(torch.ones(4, 1))) is None

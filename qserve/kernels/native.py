@@ -161,9 +161,15 @@ class NativeOps:
             self._recorder.give_up()
             x = self._rounded = linear.round_input(_plain_input(x, norm, activation)).contiguous()
             norm = activation = None
-        assert x.is_contiguous(), x.stride()
+        assert x.stride(1) == 1, x.stride()
         assert x.dtype == torch.float32, x.dtype
-        stage = StageStruct(kind=StageKind.LINEAR, input=x.data_ptr(), linear=pointer(linear.struct), scale=1.0)
+        stage = StageStruct(
+            kind=StageKind.LINEAR,
+            input=x.data_ptr(),
+            input_stride=x.stride(0),
+            linear=pointer(linear.struct),
+            scale=1.0,
+        )
         if activation is not None:
             stage.preparation = _GATED
             stage.gate = _GATES[activation]
@@ -172,7 +178,6 @@ class NativeOps:
 
     def _add(self, stage: StageStruct, residual: Tensor, post_norm: Norm | None, multiplier: float) -> Tensor:
         """The residual's memory takes the result."""
-        assert residual.is_contiguous(), residual.stride()
         stage.residual = residual.data_ptr()
         stage.scale = multiplier
         self._set_norm(stage, "post_norm", post_norm)
@@ -181,7 +186,9 @@ class NativeOps:
     def _run(self, stage: StageStruct, *, rows: int, width: int, output: Tensor | None = None) -> Tensor:
         if output is None:
             output = self._recorder.allocate(stage.kind, rows=rows, width=width)
+        assert output.stride(1) == 1, output.stride()
         stage.output = output.data_ptr()
+        stage.output_stride = output.stride(0)
         stage.rows = rows
         stage.width = width
         self._runner.run(stage, 1)
@@ -197,11 +204,12 @@ class NativeOps:
         batch: Batch,
         cache: CacheLayer,
     ) -> StageStruct:
-        assert qkv.is_contiguous(), qkv.stride()
+        assert qkv.stride(1) == 1, qkv.stride()
         self._set_batch(batch)
         return StageStruct(
             kind=kind,
             input=qkv.data_ptr(),
+            input_stride=qkv.stride(0),
             attention=self._mirror((attention, rotary), self._mirror_attention),
             cache=self._mirror((cache,), _mirror_cache),
             step=pointer(self._step),

@@ -13,6 +13,7 @@ from torch import Tensor
 from qserve.kernels.stages import Runner, StageStruct
 
 _MAX_TOKENS = 64  # above, arithmetic takes so long that calls cost nothing beside it
+_LINE = 16  # floats in a line of the cache
 
 
 class Recording:
@@ -67,12 +68,12 @@ class Recorder:
             self._current.is_whole = False
 
     def allocate(self, kind: int, *, rows: int, width: int) -> Tensor:
-        """Room for a stage's result: new, or the recordings' own."""
+        """Room for a stage's result, (rows, width): new, or the recordings' own."""
         if self._current is None:
-            return torch.empty(rows, width)
+            return _allocate_rows(rows, width)
         key = (kind, width)
         if key not in self._buffers:
-            self._buffers[key] = torch.empty(_MAX_TOKENS, width)
+            self._buffers[key] = _allocate_rows(_MAX_TOKENS, width)
         return self._buffers[key][:rows]
 
     def _record(self, key: tuple[int, int], forward: Callable[[], Tensor], cache: object) -> Tensor:
@@ -84,3 +85,10 @@ class Recorder:
         recording.finish(result)
         self._recordings[key] = recording
         return result
+
+
+def _allocate_rows(rows: int, width: int) -> Tensor:
+    """Rows an odd number of cache lines apart: kernels write columns, and rows a power of two apart would all fight for
+    the same few places of the caches."""
+    lines = -(-width // _LINE) | 1
+    return torch.empty(rows, lines * _LINE)[:, :width]

@@ -132,6 +132,8 @@ class StageStruct(Structure):
         ("step", POINTER(StepStruct)),
         ("kind", c_int32),
         ("rows", c_int32),
+        ("input_stride", c_int32),
+        ("output_stride", c_int32),
         ("width", c_int32),
         ("table_type", c_int32),
         ("preparation", c_int32),

@@ -67,11 +67,11 @@ struct Layout {
   int64_t count_queries(const Task& task) const { return (task.end - task.begin) * group; }
   const float* query(const Task& task, int kv_head, int64_t index) const {
     const int64_t row = task.begin + index / group, head = kv_head * group + index % group;
-    return (const float*)stage.input + row * attention.row_size() + head * attention.head_dim;
+    return (const float*)stage.input + row * stage.input_stride + head * attention.head_dim;
   }
   float* output(const Task& task, int kv_head, int64_t index) const {
     const int64_t row = task.begin + index / group, head = kv_head * group + index % group;
-    return stage.output + (row * attention.num_heads + head) * attention.head_dim;
+    return stage.output + row * stage.output_stride + (int64_t)head * attention.head_dim;
   }
   int64_t last_position(int64_t row) const { return stage.step->positions[row]; }
   int64_t first_position(int64_t row) const {

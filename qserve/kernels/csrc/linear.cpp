@@ -17,8 +17,9 @@ void normalize_and_add(const Stage& stage, const float* y, int64_t features, Tea
     scratch.reset();
     float* normal = scratch.take<float>(features);
     normalize_row(y + row * features, *stage.post_norm, normal);
-    const float* residual = stage.residual + row * features;
-    for (int64_t i = 0; i < features; ++i) stage.output[row * features + i] = residual[i] + normal[i] * stage.scale;
+    const float* residual = stage.residual + row * stage.output_stride;
+    float* output = stage.output + row * stage.output_stride;
+    for (int64_t i = 0; i < features; ++i) output[i] = residual[i] + normal[i] * stage.scale;
   });
 }
 
@@ -31,8 +32,8 @@ void run_linear(const Stage& stage, Scratch& scratch, Team& team) {
   for (int i = 0; i < linear.num_weights; ++i) {
     const Weight& w = linear.weights[i];
     const Rows rows = prepare_rows(stage, w, scratch, team);
-    const Output output = {data, is_direct ? stage.residual : nullptr, linear.bias, linear.out_features, w.column,
-                           w.out_features, is_direct ? stage.scale : 1.0f, stage.soft_cap};
+    const Output output = {data, is_direct ? stage.residual : nullptr, linear.bias,
+                           is_direct ? stage.output_stride : linear.out_features, w.column, w.out_features, is_direct ? stage.scale : 1.0f, stage.soft_cap};
     multiply(w, rows, output, scratch, team);
   }
   if (!is_direct) normalize_and_add(stage, data, linear.out_features, team);

@@ -38,6 +38,7 @@ QSERVE_INLINE void store_digits(U32 even_codes, U32 odd_codes, Words multiples, 
 }
 
 void unpack(const Weight& w, int tile, const Slab& slab) {
+  constexpr int64_t kAhead = 4096;  // bytes
   const int units = w.padded_group / 8;
   const U32 mask = (U32)splat(0x000f000f);
   int8_t *high = slab.digits, *low = high + slab.size();
@@ -49,6 +50,7 @@ void unpack(const Weight& w, int tile, const Slab& slab) {
     const Words constant = half - (Words)(zero * 0x10001u) * multiples;
     const uint8_t* codes = w.codes + index * units * 64;
     for (int unit = 0; unit < units; ++unit, codes += 64, high += 128, low += 128) {
+      __builtin_prefetch(codes + kAhead);
       const U32 pairs = load<U32>(codes);
       store_digits(pairs & mask, (pairs >> 8) & mask, multiples, constant, high, low);
       store_digits((pairs >> 4) & mask, (pairs >> 12) & mask, multiples, constant, high + 64, low + 64);

@@ -66,10 +66,10 @@ void normalize_row(const float* x, const Norm& norm, float* to) {
 }
 
 void read_input(const Stage& stage, int64_t row, float* to, int64_t features) {
-  const float* input = (const float*)stage.input;
-  if (stage.preparation == kGate) return gate_row(input + row * 2 * features, stage.gate, to, features);
-  if (stage.norm != nullptr) return normalize_row(input + row * features, *stage.norm, to);
-  memcpy(to, input + row * features, features * sizeof(float));
+  const float* input = (const float*)stage.input + row * stage.input_stride;
+  if (stage.preparation == kGate) return gate_row(input, stage.gate, to, features);
+  if (stage.norm != nullptr) return normalize_row(input, *stage.norm, to);
+  memcpy(to, input, features * sizeof(float));
 }
 
 }  // namespace qserve

@@ -85,7 +85,7 @@ void store_row(const CacheLayout& blocks, const Cache& cache, const float* keys,
 
 void rotate_row(const Stage& stage, const CacheLayout& blocks, int64_t row) {
   const Attention& a = *stage.attention;
-  float* queries = stage.output + row * a.row_size();
+  float* queries = stage.output + row * stage.output_stride;
   float* keys = queries + (int64_t)a.num_heads * a.head_dim;
   normalize_heads(queries, a.num_heads, a.head_dim, a.query_norm);
   normalize_heads(keys, a.num_kv_heads, a.head_dim, a.key_norm);

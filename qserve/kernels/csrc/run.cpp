@@ -33,7 +33,7 @@ void copy_row(const Stage& stage, int64_t row, float* to) {
 void run_select(const Stage& stage) {
   const int64_t* index = stage.kind == kEmbed ? stage.step->token_ids : stage.index;
   for (int64_t row = 0; row < stage.rows; ++row)
-    copy_row(stage, index[row], stage.output + row * stage.width);
+    copy_row(stage, index[row], stage.output + row * stage.output_stride);
 }
 
 void run_stage(const Stage& stage, Runner& runner) {

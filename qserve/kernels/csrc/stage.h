@@ -64,7 +64,6 @@ struct Attention {
   float scale;
   float soft_cap;  // 0: none
 
-  int64_t row_size() const { return (int64_t)(num_heads + 2 * num_kv_heads) * head_dim; }  // of qkv
   int heads_per_kv() const { return num_heads / num_kv_heads; }
 };
 
@@ -105,6 +104,8 @@ struct Stage {
   const Step* step;
   int32_t kind;         // StageKind
   int32_t rows;         // of the output
+  int32_t input_stride;   // floats from one row of the input to the next; not of kEmbed's and kSelect's tables
+  int32_t output_stride;  // the same of the output, and of the residual
   int32_t width;        // columns of the output of kEmbed and kSelect
   int32_t table_type;   // FloatType of kEmbed's table
   int32_t preparation;  // Preparation

@@ -24,6 +24,11 @@ class AlignedScales:
     multiples: Tensor  # (out_features, groups) int16
     units: Tensor  # (out_features,) float32, powers of two
 
+    @property
+    def values(self) -> Tensor:
+        """The scales that kernels multiply with: (out_features, groups) float32."""
+        return self.units.unsqueeze(1) * self.multiples
+
 
 def align_scales(weight: QuantizedWeight) -> AlignedScales | None:
     """The scales of a 4-bit weight with int8 inputs and several groups; None for every other weight."""

@@ -10,6 +10,7 @@ from ctypes import Array
 import torch
 from torch import Tensor
 
+from qserve.kernels.arena import map_memory
 from qserve.kernels.stages import Runner, StageStruct
 
 _MAX_TOKENS = 64  # above, arithmetic takes so long that calls cost nothing beside it
@@ -38,20 +39,23 @@ class Recording:
 
 
 class Recorder:
-    """Recordings by number of tokens and cache, and the memory they share.
+    """Recordings by number of tokens and cache, and the memory that steps share.
 
-    While a step is recorded, a stage's result stands until the next stage of its kind and width: the recordings of all
-    numbers of tokens, and all layers in them, write to the same few buffers.
+    In a step, a stage's result stands until the next stage of its kind and width: all layers write to the same few
+    buffers, one set for recordings of all numbers of tokens, and one for longer steps, which new memory would cost a
+    tenth of their time.
     """
 
     def __init__(self) -> None:
         self._recordings: dict[tuple[int, int], Recording] = {}
         self._buffers: dict[tuple[int, int], Tensor] = {}
+        self._long_buffers: dict[tuple[int, int], Tensor] = {}
+        self._is_long = False
         self._current: Recording | None = None
 
     def run_step(self, forward: Callable[[], Tensor], runner: Runner, *, num_tokens: int, cache: object) -> Tensor:
         if num_tokens > _MAX_TOKENS:
-            return forward()
+            return self._run_long(forward)
         key = (num_tokens, id(cache))
         known = self._recordings.get(key)
         if known is None:
@@ -68,13 +72,21 @@ class Recorder:
             self._current.is_whole = False
 
     def allocate(self, kind: int, *, rows: int, width: int) -> Tensor:
-        """Room for a stage's result, (rows, width): new, or the recordings' own."""
-        if self._current is None:
-            return _allocate_rows(rows, width)
-        key = (kind, width)
-        if key not in self._buffers:
-            self._buffers[key] = _allocate_rows(_MAX_TOKENS, width)
-        return self._buffers[key][:rows]
+        """Room for a stage's result, (rows, width): the step's own, or new outside of one."""
+        if self._current is None and not self._is_long:
+            return torch.empty(rows, _row_stride(width))[:, :width]
+        buffers = self._long_buffers if self._is_long else self._buffers
+        known = buffers.get((kind, width))
+        if known is None or len(known) < rows:
+            known = buffers[kind, width] = _map_rows(max(rows, _MAX_TOKENS), width)
+        return known[:rows]
+
+    def _run_long(self, forward: Callable[[], Tensor]) -> Tensor:
+        self._is_long = True
+        try:
+            return forward()
+        finally:
+            self._is_long = False
 
     def _record(self, key: tuple[int, int], forward: Callable[[], Tensor], cache: object) -> Tensor:
         self._current = recording = Recording(cache)
@@ -87,8 +99,15 @@ class Recorder:
         return result
 
 
-def _allocate_rows(rows: int, width: int) -> Tensor:
-    """Rows an odd number of cache lines apart: kernels write columns, and rows a power of two apart would all fight for
-    the same few places of the caches."""
-    lines = -(-width // _LINE) | 1
-    return torch.empty(rows, lines * _LINE)[:, :width]
+def _row_stride(width: int) -> int:
+    """An odd number of cache lines, in floats.
+
+    Kernels write columns, and rows a power of two apart would all fight for the same few places of the caches.
+    """
+    return (-(-width // _LINE) | 1) * _LINE
+
+
+def _map_rows(rows: int, width: int) -> Tensor:
+    stride = _row_stride(width)
+    memory = map_memory(rows * stride * 4).view(torch.float32)
+    return memory[: rows * stride].view(rows, stride)[:, :width]

@@ -27,7 +27,7 @@ def test_bfloat16_scales_within_four_powers_of_two_are_exact() -> None:
     scales = (torch.rand(64, 18) * 7 + 1).mul(1e-3).to(torch.bfloat16)
     aligned = align_scales(_weight(scales))
     assert aligned is not None
-    assert torch.equal(aligned.units.unsqueeze(1) * aligned.multiples, scales.to(torch.float32))
+    assert torch.equal(aligned.values, scales.to(torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -36,7 +36,7 @@ def test_other_scales_move_by_little_of_their_channels_largest(dtype: torch.dtyp
     scales = torch.exp2(torch.rand(64, 18) * 12 - 14).to(dtype)
     aligned = align_scales(_weight(scales))
     assert aligned is not None
-    moved = (aligned.units.unsqueeze(1) * aligned.multiples - scales.to(torch.float32)).abs()
+    moved = (aligned.values - scales.to(torch.float32)).abs()
     assert bool((moved <= scales.to(torch.float32).amax(dim=1, keepdim=True) * 2**-11).all())
     assert int(aligned.multiples.max()) <= 4079
 

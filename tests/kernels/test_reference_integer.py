@@ -68,5 +68,5 @@ def test_the_integer_formula(activation: ActivationQuantization, has_zero_points
     assert torch.equal(y[2:3], integer_linear(x[2:3], weight))
     aligned = align_scales(weight)
     if aligned is not None:
-        weight = replace(weight, scales=aligned.units.unsqueeze(1) * aligned.multiples)
+        weight = replace(weight, scales=aligned.values)
     torch.testing.assert_close(y, ROUND_TRIPS[activation](x) @ weight.dequantize().T, atol=1e-4, rtol=1e-4)

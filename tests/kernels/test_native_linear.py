@@ -27,6 +27,9 @@ REFERENCE = ReferenceOps(device=torch.device("cpu"))
 INTEGER_WEIGHTS = {
     "int4-32": make_weight(96, 128, 32, activation=ASYMMETRIC),
     "int4-64-odd-n": make_weight(50, 192, 64, activation=ASYMMETRIC),
+    "int4-32-chunks": make_weight(20, 2144, 32, activation=ASYMMETRIC),
+    "int4-32-symmetric-zeros": make_weight(40, 160, 32, activation=SYMMETRIC, has_zeros=True),
+    "int4-32-rounded-scales": make_weight(40, 160, 32, activation=ASYMMETRIC, scale_dtype=torch.float32),
     "int4-128-zeros": make_weight(33, 256, 128, activation=ASYMMETRIC, has_zeros=True),
     "int4-20-tail": make_weight(33, 100, 20, activation=ASYMMETRIC),
     "int4-row-tail": make_weight(17, 72, 72, activation=SYMMETRIC),
@@ -38,6 +41,7 @@ INTEGER_WEIGHTS = {
 EXACT_INPUT_WEIGHTS = {
     "int4-32-minimum": make_weight(96, 128, 32, has_offsets=True),
     "int4-32-zeros": make_weight(50, 192, 32, has_zeros=True),
+    "int4-32-chunks": make_weight(20, 1120, 32, has_offsets=True),
     "int4-row": make_weight(30, 192, 192, scale_dtype=torch.float32),
     "int8-64": make_weight(50, 192, 64, bits=8, has_zeros=True, has_offsets=True),
     "int8-512": make_weight(20, 1024, 512, bits=8, scale_dtype=torch.float16),

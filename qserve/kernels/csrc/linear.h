@@ -62,14 +62,14 @@ struct Blocks {
 };
 
 // Many rows are shared out by row, all channels each: what a thread writes stays in its own cache, and weights are
-// unpacked once for so many rows that it costs little. Few rows are shared out by channel.
-inline Blocks split_blocks(const Weight& w, int64_t num_rows, const Team& team) {
+// unpacked once for so many rows, a multiple of `multiple`, that it costs little. Few rows are shared out by channel.
+inline Blocks split_blocks(const Weight& w, int64_t num_rows, int64_t multiple, const Team& team) {
   constexpr int64_t kFewRows = 32, kManyRows = 128, kTasksPerThread = 8;
   const int64_t share = (num_rows + team.size() - 1) / team.size();
   const int64_t tiles = w.tiles() + w.tiles() % 2;
   if (share >= kFewRows) {
     const int64_t rows = (share + (share + kManyRows - 1) / kManyRows - 1) / ((share + kManyRows - 1) / kManyRows);
-    return {{num_rows, (rows + 15) / 16 * 16}, {w.tiles(), tiles}};
+    return {{num_rows, (rows + multiple - 1) / multiple * multiple}, {w.tiles(), tiles}};
   }
   const int64_t size = (tiles + team.size() * kTasksPerThread - 1) / (team.size() * kTasksPerThread);
   return {{num_rows, num_rows}, {w.tiles(), size + size % 2}};

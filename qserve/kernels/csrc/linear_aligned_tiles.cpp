@@ -147,7 +147,7 @@ void multiply_block(const Weight& w, const Rows& rows, const Output& output, con
 bool multiply_aligned_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team) {
   constexpr int kFewest = 9;  // rows; measured: with fewer the vector kernel is faster
   if (rows.count < kFewest || w.padded_group % 8 != 0 || !allow_tiles()) return false;
-  const Blocks blocks = split_blocks(w, rows.count, team);
+  const Blocks blocks = split_blocks(w, rows.count, 16, team);
   team.run(blocks.count(), [&](int64_t task) { multiply_block(w, rows, output, blocks, task); });
   return true;
 }

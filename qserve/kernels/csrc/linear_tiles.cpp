@@ -101,21 +101,27 @@ struct TileKernel {
   const Slab& slab;
   int tile;
 
-  // Two tiles of rows by two of channels.
+  int count_rows(int64_t first_row) const {
+    return (int)(rows.count - first_row < 2 * kRows ? rows.count - first_row : 2 * kRows);
+  }
+
+  // Group `g` of two tiles of rows by two of channels.
+  QSERVE_INLINE void dot(int64_t first_row, int g, int32_t* sums) const {
+    const int64_t at = (int64_t)g * w.padded_group;
+    const int8_t* upper = rows.codes + first_row * Planes * rows.stride + at;
+    const int8_t* lower = first_row + kRows < rows.count ? upper + kRows * Planes * rows.stride : nullptr;
+    const int8_t* left = slab.codes + at * kLanes;
+    dot_group(upper, lower, rows.stride, left, left + slab.stride, w.padded_group, w.padded_group % 64 == 0 ? 16 : 8, sums);
+  }
+
   void multiply(int64_t first_row) const {
+    if (w.groups == 1) return multiply_one_group(first_row);
     alignas(64) int32_t sums[kBatch][2 * 2 * 256];
     F32 y[2][2 * kRows] = {};
-    const int depth = w.padded_group % 64 == 0 ? 16 : 8;
-    const int8_t* upper = rows.codes + first_row * Planes * rows.stride;
-    const int8_t* lower = first_row + kRows < rows.count ? upper + kRows * Planes * rows.stride : nullptr;
-    const int num_rows = (int)(rows.count - first_row < 2 * kRows ? rows.count - first_row : 2 * kRows);
+    const int num_rows = count_rows(first_row);
     for (int g = 0; g < w.groups; g += kBatch) {
       const int count = w.groups - g < kBatch ? w.groups - g : kBatch;
-      for (int i = 0; i < count; ++i) {
-        const int64_t at = (int64_t)(g + i) * w.padded_group;
-        const int8_t* left = slab.codes + at * kLanes;
-        dot_group(upper + at, lower ? lower + at : nullptr, rows.stride, left, left + slab.stride, w.padded_group, depth, sums[i]);
-      }
+      for (int i = 0; i < count; ++i) dot(first_row, g + i, sums[i]);
       for (int t = 0; t < 2; ++t) {
         if (count == kBatch) add_sums<kBatch>(g, first_row, num_rows, t, sums, y[t]);
         for (int i = 0; count < kBatch && i < count; ++i) add_sums<1>(g + i, first_row, num_rows, t, sums + i, y[t]);
@@ -126,14 +132,36 @@ struct TileKernel {
         output.put(first_row + r, tile + t, finish_row<Planes>(y[t][r], w, rows, first_row + r, tile + t));
   }
 
+  // Its sums are the results, but for what add_sums does to them.
+  void multiply_one_group(int64_t first_row) const {
+    alignas(64) int32_t sums[2 * 2 * 256];
+    dot(first_row, 0, sums);
+    const int num_rows = count_rows(first_row);
+    const Output to = output;
+    for (int t = 0; t < 2 && tile + t < w.tiles(); ++t) {
+      const GroupScales scales = scales_of(t, 0);
+      for (int r = 0; r < num_rows; ++r) {
+        const int64_t row = first_row + r;
+        I32 planes[Planes];
+        for (int p = 0; p < Planes; ++p)
+          planes[p] = load<I32>(sums + r / kRows * 512 + t * 256 + (r % kRows * Planes + p) * kLanes);
+        const F32 y = add_group<Planes>(F32{}, planes, scales, input_scale<Planes>(w, rows, row, 0),
+                                        HasOffset ? rows.totals[row] : 0.0f);
+        to.put(row, tile + t, finish_row<Planes>(y, w, rows, row, tile + t));
+      }
+    }
+  }
+
+  GroupScales scales_of(int t, int g) const {
+    const int64_t at = ((int64_t)t * w.groups + g) * kLanes;
+    return {load<F32>(slab.scales + at), HasOffset ? load<F32>(slab.offsets + at) : F32{}, HasOffset};
+  }
+
   // Adds the sums of Count groups from g on to one tile of channels.
   template <int Count>
   QSERVE_INLINE void add_sums(int g, int64_t first_row, int num_rows, int t, const int32_t (*sums)[1024], F32* y) const {
     GroupScales scales[Count];
-    for (int i = 0; i < Count; ++i) {
-      const int64_t at = ((int64_t)t * w.groups + g + i) * kLanes;
-      scales[i] = {load<F32>(slab.scales + at), HasOffset ? load<F32>(slab.offsets + at) : F32{}, HasOffset};
-    }
+    for (int i = 0; i < Count; ++i) scales[i] = scales_of(t, g + i);
     for (int half = 0; half < 2; ++half) {
       const int32_t* from = sums[0] + half * 512 + t * 256;
       for (int r = half * kRows; r < num_rows && r < (half + 1) * kRows; ++r, from += Planes * kLanes) {
@@ -174,11 +202,11 @@ bool multiply_integer_tiles(const Weight& w, const Rows& rows, const Output& out
       {multiply_piece<1, true>, multiply_piece<2, true>, multiply_piece<3, true>},
   };
   const auto kernel = kernels[w.offsets != nullptr][w.planes - 1];
-  const int64_t pairs = (w.tiles() + 1) / 2;
-  const Pieces blocks = split_rows(rows.count, rows.stride * w.planes, 2 * (16 / w.planes));
-  team.run(pairs * blocks.count(), [&](int64_t task) {
-    const int64_t block = task / pairs;
-    kernel(w, rows, output, (int)(task % pairs) * 2, blocks.begin(block), blocks.end(block));
+  const Blocks blocks = split_blocks(w, rows.count, 2 * (16 / w.planes), team);
+  team.run(blocks.count(), [&](int64_t task) {
+    const int64_t block = task / blocks.tiles.count(), piece = task % blocks.tiles.count();
+    for (int64_t tile = blocks.tiles.begin(piece); tile < blocks.tiles.end(piece); tile += 2)
+      kernel(w, rows, output, (int)tile, blocks.rows.begin(block), blocks.rows.end(block));
   });
   return true;
 }

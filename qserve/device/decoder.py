@@ -100,7 +100,7 @@ class Decoder:
         return normalize(hidden, self._final_norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Of the rows of hidden states that are given: (rows, vocab_size) float32."""
+        """Of the rows of hidden states that are given: (rows, vocab_size) float32, until the next call."""
         spec = self._spec
         return self._ops.head(
             hidden, self._final_norm, self._head, scale=spec.logits_scale, soft_cap=spec.logits_soft_cap

@@ -20,7 +20,7 @@ from qserve.kernels.build import Progress, Variant, choose_variant, count_cores,
 from qserve.kernels.linear import Linear, join_biases, join_weights
 from qserve.kernels.ops import Activation, AttentionSpec, Batch, CacheLayer, Norm, NormKind, Rotary
 from qserve.kernels.packing import KERNEL_ACTIVATIONS, PackedWeight, pack_weight
-from qserve.kernels.recorder import Recorder
+from qserve.kernels.recorder import MAX_TOKENS, Recorder
 from qserve.kernels.reference import ACTIVATIONS, normalize, select_rows
 from qserve.kernels.reference_activations import ROUND_TRIPS
 from qserve.kernels.stages import (
@@ -151,7 +151,10 @@ class NativeOps:
         stage = self._linear_stage(x, linear, norm=norm)
         stage.scale = scale
         stage.soft_cap = soft_cap or 0.0
-        return self._run(stage, rows=x.shape[0], width=linear.out_features)
+        rows, width = x.shape[0], linear.out_features
+        # New memory for every step's logits would cost a tenth of it; many rows are rare, and their memory is large.
+        room = self._recorder.reuse(StageKind.LINEAR, rows=rows, width=width) if rows <= MAX_TOKENS else None
+        return self._run(stage, rows=rows, width=width, output=room)
 
     def _linear_stage(
         self, x: Tensor, linear: Linear, *, norm: Norm | None = None, activation: Activation | None = None

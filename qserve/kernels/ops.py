@@ -166,4 +166,4 @@ class Ops(Protocol):
     def head(
         self, x: Tensor, norm: Norm | None, linear: Linear, *, scale: float = 1.0, soft_cap: float | None = None
     ) -> Tensor:
-        """Logits, scaled and then capped: (rows, vocabulary) float32."""
+        """Logits, scaled and then capped: (rows, vocabulary) float32, until the next call."""

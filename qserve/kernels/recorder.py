@@ -13,7 +13,7 @@ from torch import Tensor
 from qserve.kernels.arena import map_memory
 from qserve.kernels.stages import Runner, StageStruct
 
-_MAX_TOKENS = 64  # above, arithmetic takes so long that calls cost nothing beside it
+MAX_TOKENS = 64  # above, arithmetic takes so long that calls cost nothing beside it
 _LINE = 16  # floats in a line of the cache
 
 
@@ -54,7 +54,7 @@ class Recorder:
         self._current: Recording | None = None
 
     def run_step(self, forward: Callable[[], Tensor], runner: Runner, *, num_tokens: int, cache: object) -> Tensor:
-        if num_tokens > _MAX_TOKENS:
+        if num_tokens > MAX_TOKENS:
             return self._run_long(forward)
         key = (num_tokens, id(cache))
         known = self._recordings.get(key)
@@ -75,10 +75,14 @@ class Recorder:
         """Room for a stage's result, (rows, width): the step's own, or new outside of one."""
         if self._current is None and not self._is_long:
             return torch.empty(rows, _row_stride(width))[:, :width]
-        buffers = self._long_buffers if self._is_long else self._buffers
+        return self.reuse(kind, rows=rows, width=width)
+
+    def reuse(self, kind: int, *, rows: int, width: int) -> Tensor:
+        """The room that the last stage of this kind and width had."""
+        buffers = self._long_buffers if rows > MAX_TOKENS else self._buffers
         known = buffers.get((kind, width))
         if known is None or len(known) < rows:
-            known = buffers[kind, width] = _map_rows(max(rows, _MAX_TOKENS), width)
+            known = buffers[kind, width] = _map_rows(max(rows, MAX_TOKENS), width)
         return known[:rows]
 
     def _run_long(self, forward: Callable[[], Tensor]) -> Tensor:

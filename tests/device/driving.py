@@ -75,7 +75,7 @@ def chunked_logits(model: Model, prompts: Sequence[Sequence[int]], *, sizes: Seq
         ends = {i: min(done[i] + sizes[i], requests[i].num_tokens) for i in active}
         chunks = [Chunk(request=requests[i], start=done[i], end=ends[i], block_ids=blocks[i]) for i in active]
         batch = make_batch(chunks, block_size=BLOCK_SIZE, device=CPU)
-        rows = model.logits(model.forward(batch, cache)).split(batch.chunk_tokens)
+        rows = model.logits(model.forward(batch, cache)).clone().split(batch.chunk_tokens)
         for i, piece in zip(active, rows, strict=True):
             logits[i].append(piece)
             done[i] = ends[i]

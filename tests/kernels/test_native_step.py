@@ -72,7 +72,7 @@ def logits_of(decoder: Decoder, *, seed: int | None) -> list[Tensor]:
             done[index] = end
         if chunks:
             batch = make_batch(chunks, block_size=BLOCK_SIZE, device=CPU)
-            found = decoder.logits(decoder.forward(batch, cache).clone())
+            found = decoder.logits(decoder.forward(batch, cache).clone()).clone()
             for index, piece in zip(active, found.split(batch.chunk_tokens), strict=True):
                 rows[index].append(piece)
     return [torch.cat(each) for each in rows]

@@ -157,11 +157,9 @@ def _apply(linear: Linear, x: Tensor) -> Tensor:
 
 
 def _values(weight: Weight) -> Tensor:
-    """A weight-only code stands for a value of its own dtype; integer kernels multiply codes and never round to one."""
+    """Code times scale as it is, in float32: compiled kernels never round it to the weight's own dtype."""
     if isinstance(weight, Tensor):
         return weight
-    if weight.activation is ActivationQuantization.NONE:
-        return weight.dequantize()
     return replace(weight, dtype=torch.float32).dequantize()
 
 

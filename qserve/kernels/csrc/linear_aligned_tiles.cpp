@@ -134,7 +134,7 @@ void multiply_block(const Weight& w, const Rows& rows, const Output& output, con
   const int64_t steps = (w.padded_features() + kStep - 1) / kStep;
   const Slab slab = {scratch.take<int8_t>(steps * 2 * kStep * kLanes), steps};
   int32_t* sums = scratch.take<int32_t>((end - begin + kBlockRows) / kBlockRows * 1024);
-  const TileScope scope(16, rows.count <= 8 ? 8 : 16);
+  const TileScope scope(16);
   const AlignedKernel kernel = {w, rows, output, slab};
   for (int64_t tile = blocks.tiles.begin(piece); tile < blocks.tiles.end(piece); ++tile) {
     unpack(w, (int)tile, slab);
@@ -146,7 +146,7 @@ void multiply_block(const Weight& w, const Rows& rows, const Output& output, con
 
 bool multiply_aligned_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team) {
   constexpr int kFewest = 9;  // rows; measured: with fewer the vector kernel is faster
-  if (rows.count < kFewest || w.padded_group % 8 != 0 || !allow_tiles()) return false;
+  if (rows.count < kFewest || !allow_tiles()) return false;
   const Blocks blocks = split_blocks(w, rows.count, 16, team);
   team.run(blocks.count(), [&](int64_t task) { multiply_block(w, rows, output, blocks, task); });
   return true;

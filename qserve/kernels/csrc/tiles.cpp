@@ -16,14 +16,14 @@ bool allow_tiles() {
   return is_allowed;
 }
 
-TileScope::TileScope(int depth, int rows) {
+TileScope::TileScope(int depth) {
   struct alignas(64) {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
     uint8_t rows[16] = {};
   } config;
   for (int tile = 0; tile < 8; ++tile) {
-    config.rows[tile] = (uint8_t)(tile < 6 ? rows : depth);
+    config.rows[tile] = (uint8_t)(tile < 6 ? 16 : depth);
     config.row_bytes[tile] = (uint16_t)(tile == 4 || tile == 5 ? 4 * depth : 64);
   }
   // GCC's intrinsics say too little of the memory they read: everything must be written before them.

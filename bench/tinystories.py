@@ -1,12 +1,13 @@
 """The small Llama of published figures, from nothing: trained, rounded, trained for rounding, compared.
 
-    python -m bench.tinystories --text DIR --out DIR [--tokens 1500000] [--qat-tokens 300000] [--seeds 0 1 2]
+    python -m bench.tinystories --text DIR --out DIR [--tokens 3000000] [--qat-tokens 200000] [--seeds 0 1 2]
 
 The text is TinyStories: train.txt and valid.txt in DIR, stories parted by <|endoftext|>. A tokenizer of 2000 words is
 made of it, a model of 4.4 million parameters (width 256, feed-forward 768, 4 layers, 2 heads, untied) is trained in
 float and kept in bfloat16; then `qserve-train compare` for the default recipe, and for int4-weight-only with the head
 as the body, which is the smallest file. Each step is a word of qserve-train; the same command goes on where it was
-stopped.
+stopped, and the float model is taken when its schedule has ended, not before. On a machine that does other things too,
+--no-speed first; the same command without it then adds the speeds alone.
 """
 
 import argparse
@@ -31,14 +32,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, metavar="DIR")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--tokens", type=int, default=1_500_000, help="of float training")
-    parser.add_argument("--qat-tokens", type=int, default=300_000)
+    parser.add_argument("--tokens", type=int, default=3_000_000, help="of float training")
+    parser.add_argument("--qat-tokens", type=int, default=200_000)
     parser.add_argument("--eval-tokens", type=int, default=60_000)
-    parser.add_argument("--seeds", nargs="+", default=["0"])
+    parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
+    parser.add_argument("--speed", action=argparse.BooleanOptionalAction, default=True, help="also serve and time")
     wanted = parser.parse_args()
     train, valid = wanted.text / "train.txt", wanted.text / "valid.txt"
     config, run, base = (wanted.out / name for name in ("config", "run", "model"))
-    if not config.is_dir():
+    if not (config / "config.json").is_file():
         make_config(config, train)
     if not base.is_dir():
         word("prepare", config, "--recipe", "float", "--run", run)
@@ -48,13 +50,13 @@ def main() -> None:
     for name, recipe in _COMPARISONS.items():
         measured = ["--eval-data", valid, "--max-tokens", wanted.eval_tokens, "--seeds", *wanted.seeds]
         trained = ["--data", train, "--tokens", wanted.qat_tokens, "--micro-batch", "8"]
-        pace = ["--learning-rate", "3e-5", "--learn-ranges"]
+        pace = ["--learning-rate", "3e-5", "--learn-ranges", "--speed" if wanted.speed else "--no-speed"]
         word("compare", base, "--out", wanted.out / name, *recipe, *trained, *pace, *measured)
 
 
 def make_config(directory: Path, text: Path) -> None:
     """A model's config and a tokenizer, without weights: what `prepare --recipe float` begins a fresh model from."""
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

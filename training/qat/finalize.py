@@ -22,6 +22,7 @@ from training.data import windows
 from training.destination import require_absent, require_space
 from training.dressing import dress
 from training.measured import Passage, read_passage, tell
+from training.qat.loop import num_steps
 from training.qat.model import Trainee, build, load_source
 from training.qat.state import load_parameters
 from training.run import DATA, Json, Run, open_run, read_json, read_tensors
@@ -58,6 +59,7 @@ def finalize_run(wanted: Finalize, *, console: Console) -> None:
             max_shard_bytes=wanted.max_shard_bytes,
         )
     tell(trained.provenance["loss"], console)
+    _tell_unfinished(work, trained.provenance["step"], trained.provenance["steps"], console)
     console.print(f"{wanted.out} is ready: qserve serve {wanted.out}", highlight=False, soft_wrap=True)
 
 
@@ -67,10 +69,23 @@ def rehearse_run(wanted: Finalize, *, console: Console) -> None:
     home = Path(work.manifest["source"]["path"])
     found, passage = work.find(wanted.step), _passage(wanted, work, home)
     console.print(f"would make {wanted.out} of {found.name} of a run of {work.manifest['recipe']}", soft_wrap=True)
+    _tell_unfinished(work, work.read(found)[0]["step"], _planned_steps(work), console)
     console.print(f"would measure the loss on {passage.about['tokens']:,} tokens", highlight=False)
     if files := dress(wanted.dressing, None, home):
         console.print(f"would write anew {', '.join(files)}", highlight=False)
     console.print(f"would write it as {wanted.format} in {work.manifest['dtype']}; this was a dry run", highlight=False)
+
+
+def _tell_unfinished(run: Run, step: int, steps: int, console: Console) -> None:
+    if step < steps:
+        told = f"this is step {step} of {steps}, with a learning rate still high: qserve-train train --run {run.path}"
+        console.print(f"{told} goes on", highlight=False, soft_wrap=True)
+
+
+def _planned_steps(run: Run) -> int:
+    options = TrainOptions(**run.manifest["training"]["options"])
+    text = read_tensors(run.path / DATA)["train"]
+    return num_steps(options, num_windows=len(windows(text, options.sequence_length)))
 
 
 def _own_run(wanted: Finalize) -> Run:
@@ -167,6 +182,7 @@ def _provenance(run: Run, state: Json) -> Json:
         "method": "float training" if run.is_float else "quantization-aware training",
         "source": {"name": Path(source["path"]).name, "sha256": source["sha256"]},
         "step": state["step"],
+        "steps": _planned_steps(run),
         "dtype": run.manifest["dtype"],
         "training": run.manifest["training"],
         "trained_with": run.manifest["versions"],

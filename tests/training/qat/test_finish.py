@@ -105,9 +105,22 @@ def test_it_is_measured_on_other_text_where_that_is_given(done: Run, text: Path,
 
 
 def test_an_earlier_checkpoint_can_be_chosen(done: Run, tmp_path: Path) -> None:
-    assert provenance(finish(done.path, tmp_path / "six", step=6))["step"] == 6
+    told = provenance(finish(done.path, tmp_path / "six", step=6))
+    assert (told["step"], told["steps"]) == (6, 8)
     with pytest.raises(UsageError, match="no checkpoint of step 5; it has those of 6, 8"):
         finish(done.path, tmp_path / "five", step=5)
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["made", "rehearsed"])
+def test_a_run_that_is_not_at_its_end_says_so(
+    done: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    def said(*options: str) -> str:
+        assert main(["finalize", str(done.path), *options, *more]) == 0
+        return capsys.readouterr().out
+
+    assert "step 6 of 8" in said("--out", str(tmp_path / "six"), "--step", "6")
+    assert "of 8" not in said("--out", str(tmp_path / "eight"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What structured output costs: a step whose rows all follow a grammar, over the same step with free rows.
 
-    python -m bench.masks [MODEL] [--rows 16] [--tokens 64] [--repeats 7]
+    python -m bench.masks [MODEL] [--rows 16] [--tokens 64] [--repeats 7] [--temperature 0]
 
 In this process, through the engine's own thread: every repeat generates the same number of tokens free and under each
 grammar, another first each time. No grammar lets its text end before that. Figures are medians of a token's time (of
@@ -33,13 +33,13 @@ _SOURCES = {
     "json": from_json_schema({"type": "array", "minItems": 1000, "items": {"type": "integer"}}, param=_PARAM),
     "schema": from_json_schema({"type": "array", "minItems": 1000, "items": _PERSON}, param=_PARAM),
     "regex": from_regex(r"([a-z]+ )+", param=_PARAM),
+    "counted": from_regex(r"([a-z]{1,12} ){1000}", param=_PARAM),
     "lark": from_grammar('start: sum\nsum: NUMBER | sum /[-+*]/ sum | "(" sum ")"\nNUMBER: /[0-9]{1,9}/', param=_PARAM),
 }
 
 
-async def measure(llm: LLM, grammar: Grammar | None, *, num_rows: int, num_tokens: int, number: int) -> float:
+async def measure(llm: LLM, grammar: Grammar | None, sampling: SamplingParams, *, num_rows: int, number: int) -> float:
     """Seconds of a step in which all rows decode; `number` makes the prompts those of this repeat alone."""
-    sampling = SamplingParams(max_tokens=num_tokens, temperature=0)
     options = GenerationOptions(sampling=sampling, grammar=grammar, ignore_eos=True)
     with ExitStack() as held:
         prompts = [llm.encode(f"{number} {row}: a list") for row in range(num_rows)]
@@ -58,14 +58,14 @@ def _step_seconds(generation: Generation) -> float:
     return (outcome.last_token_seconds - outcome.first_token_seconds) / (outcome.num_output_tokens - 1)
 
 
-async def compare(llm: LLM, *, num_rows: int, num_tokens: int, repeats: int) -> dict[str, list[float]]:
+async def compare(llm: LLM, sampling: SamplingParams, *, num_rows: int, repeats: int) -> dict[str, list[float]]:
     """The seconds of every repeat, by kind; the first repeat is for warming up."""
     grammars: dict[str, Grammar | None] = {"free": None, **{name: llm.compile(each) for name, each in _SOURCES.items()}}
     found: dict[str, list[float]] = {name: [] for name in grammars}
     for number in range(repeats + 1):
         turn = number % len(grammars)
         for name in [*list(grammars)[turn:], *list(grammars)[:turn]]:
-            seconds = await measure(llm, grammars[name], num_rows=num_rows, num_tokens=num_tokens, number=number)
+            seconds = await measure(llm, grammars[name], sampling, num_rows=num_rows, number=number)
             found[name] += [seconds] if number else []
     return found
 
@@ -76,18 +76,28 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--temperature", type=float, default=0, help="above 0 tokens are drawn (default 0)")
     arguments = parser.parse_args()
     llm = build_llm(arguments.model or get_model("smollm2", "int8-dynamic-act-int4-weight"))
+    sampling = SamplingParams(max_tokens=arguments.tokens, temperature=arguments.temperature, seed=1)
     try:
-        found = asyncio.run(
-            compare(llm, num_rows=arguments.rows, num_tokens=arguments.tokens, repeats=arguments.repeats)
-        )
+        found = asyncio.run(compare(llm, sampling, num_rows=arguments.rows, repeats=arguments.repeats))
     finally:
         llm.close()
     ratios = {name: [own / free for own, free in zip(found[name], found["free"], strict=True)] for name in found}
     for name in found:
         print(f"{name:<8} {median(found[name]) * 1000:6.2f} ms a step   {median(ratios[name]):.3f} of free")
-    print(json.dumps({**describe_circumstances(), "rows": arguments.rows, "seconds": found, "ratios": ratios}))
+    print(
+        json.dumps(
+            {
+                **describe_circumstances(),
+                "rows": arguments.rows,
+                "temperature": arguments.temperature,
+                "seconds": found,
+                "ratios": ratios,
+            }
+        )
+    )
     return 0
 
 

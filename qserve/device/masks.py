@@ -1,17 +1,21 @@
 """What a row may not choose: outside its grammar or its list of tokens, the end of a bad word, an end too early.
 
-Every rule makes logits minus infinity; a row whose rules leave nothing has no finite logit. Knows no grammars: a
-constraint tells its tokens as bits.
+Every rule makes logits minus infinity; a row whose rules leave nothing has no finite logit. A row is a numpy array and
+is looked at alone. Knows no grammars: a constraint tells its tokens as bits.
 """
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from qserve.engine.request import Request
+from qserve.engine.request import Constraint, Request
+
+Row = NDArray[np.float32]
+
+# For each byte the biases of its bits, the lowest first: (256, 8).
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, np.newaxis], axis=1, bitorder="little")
+_BIASES = np.where(_BITS, 0, -math.inf).astype(np.float32)
 
 
 def is_masked(request: Request) -> bool:
@@ -25,52 +29,31 @@ def is_masked(request: Request) -> bool:
     )
 
 
-class Masks:
-    """The rules of a step's rows. To make it is work of the CPU alone, done while an accelerator still computes."""
+def permits(request: Request, token_id: int) -> bool:
+    """Whether no rule forbids that token next; far less work than to find what all rules leave."""
+    params = request.params
+    if params.allowed_token_ids is not None and token_id not in params.allowed_token_ids:
+        return False
+    if token_id in find_banned_ids(request):
+        return False
+    return request.constraint is None or request.constraint.allows(token_id)
 
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self._bits = [None if each.constraint is None else each.constraint.allowed() for each in requests]
-        self._lists = [
-            (row, list(each.params.allowed_token_ids))
-            for row, each in enumerate(requests)
-            if each.params.allowed_token_ids is not None
-        ]
-        self._banned = [(row, token) for row, each in enumerate(requests) for token in find_banned_ids(each)]
 
-    def apply(self, logits: Tensor) -> Tensor:
-        """A copy with minus infinity where a token is forbidden: (requests, vocabulary)."""
-        masked = self._follow_grammars(logits)
-        for row, token_ids in self._lists:
-            biases = torch.full_like(masked[row], -math.inf)
-            masked[row] += biases.index_fill_(0, torch.tensor(token_ids, device=masked.device), 0.0)
-        banned = [place for place in self._banned if place[1] < masked.shape[-1]]
-        if banned:
-            rows, tokens = torch.tensor(banned, device=masked.device).unbind(dim=1)
-            masked[rows, tokens] = -math.inf
-        return masked
+def mask(logits: Row, request: Request) -> Row:
+    """A copy with minus infinity where a token is forbidden."""
+    allowed = request.params.allowed_token_ids
+    masked = logits.copy() if request.constraint is None else _follow(request.constraint, logits)
+    if allowed is not None:
+        kept = list(allowed)
+        masked[:], masked[kept] = -math.inf, masked[kept]
+    masked[[token_id for token_id in find_banned_ids(request) if token_id < len(masked)]] = -math.inf
+    return masked
 
-    def _follow_grammars(self, logits: Tensor) -> Tensor:
-        """A copy with minus infinity where a grammar allows no token.
 
-        Eight tokens at once from a table. On the CPU a row after the other, whose biases then stay in its cache: for
-        16 rows of 49,152 inside a step 0.7 ms, where all rows in one go take 1.0, and masked_fill 4.
-        """
-        if self._bits.count(None) == len(self._bits):
-            return logits.clone()
-        num_bytes = -(-logits.shape[-1] // 8)
-        table = _bias_table(logits)
-        if logits.device.type != "cpu":
-            joined = bytearray(b"".join(bits or b"\xff" * num_bytes for bits in self._bits))
-            values = torch.frombuffer(joined, dtype=torch.uint8).to(logits.device).int()
-            return logits + table.index_select(0, values).view(len(self._bits), -1)[:, : logits.shape[-1]]
-        masked = torch.empty_like(logits)
-        for row, bits in enumerate(self._bits):
-            if bits is None:
-                masked[row] = logits[row]
-            else:
-                biases = table.numpy().take(np.frombuffer(bits, dtype=np.uint8), axis=0).reshape(-1)
-                np.add(logits[row].numpy(), biases[: logits.shape[-1]], out=masked[row].numpy())
-        return masked
+def _follow(constraint: Constraint, logits: Row) -> Row:
+    """Eight tokens at once from a table: 19 µs for 49,152 of them, where np.where takes up to 180."""
+    bits = np.frombuffer(constraint.allowed(), dtype=np.uint8)
+    return logits + _BIASES.take(bits, axis=0).reshape(-1)[: len(logits)]
 
 
 def find_banned_ids(request: Request) -> set[int]:
@@ -82,9 +65,3 @@ def find_banned_ids(request: Request) -> set[int]:
         if start >= request.num_prompt_tokens and request.token_ids[start:] == list(word[:-1]):
             banned.add(word[-1])
     return banned
-
-
-def _bias_table(like: Tensor) -> Tensor:
-    """For each byte the biases of its bits, the lowest first: (256, 8)."""
-    bits = torch.arange(256, device=like.device).unsqueeze(1) >> torch.arange(8, device=like.device) & 1
-    return torch.where(bits.bool(), 0.0, -math.inf)

@@ -11,12 +11,11 @@ import secrets
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from qserve.device.draw import draw
-from qserve.device.masks import Masks, is_masked
+from qserve.device.masks import Row, is_masked, mask, permits
 from qserve.engine.request import Request
 
 
@@ -31,18 +30,19 @@ class Sampler:
 
         None where the rules of a request leave no token.
         """
-        is_adjusted = any(map(_changes_logits, requests))
-        if is_adjusted:
-            logits = adjust(logits, requests)
-        tokens: list[int | None] = [*_find_best(logits)]
-        if is_adjusted:
-            best = torch.tensor(tokens, device=logits.device).unsqueeze(1)
-            is_dead = logits.gather(1, best).squeeze(1).isneginf().tolist()
-            tokens = [None if dead else token for token, dead in zip(tokens, is_dead, strict=True)]
-        drawn = [row for row, each in enumerate(requests) if each.params.temperature > 0 and tokens[row] is not None]
-        for row, values in zip(drawn, _to_host(logits, drawn), strict=True):
-            tokens[row] = draw(values, requests[row].params, self._uniform(requests[row]))
+        best = _find_best(logits)
+        tokens: list[int | None] = [*best]
+        unsettled = [row for row, each in enumerate(requests) if not _is_settled(each, best=best[row])]
+        for row, values in zip(unsettled, _to_host(logits, unsettled), strict=True):
+            tokens[row] = self._choose(values, requests[row])
         return tokens
+
+    def _choose(self, logits: Row, request: Request) -> int | None:
+        logits = adjust(logits, request)
+        best = int(logits.argmax())
+        if np.isneginf(logits[best]):
+            return None
+        return draw(logits, request.params, self._uniform(request)) if request.params.temperature > 0 else best
 
     def _uniform(self, request: Request) -> float:
         seed = request.params.seed
@@ -57,7 +57,7 @@ def _find_best(logits: Tensor) -> list[int]:
     return tokens
 
 
-def _to_host(logits: Tensor, rows: Sequence[int]) -> Iterable[NDArray[np.float32]]:
+def _to_host(logits: Tensor, rows: Sequence[int]) -> Iterable[Row]:
     """These rows, one after the other."""
     if logits.device.type != "cpu":
         logits, rows = logits[list(rows)].cpu(), range(len(rows))
@@ -71,56 +71,48 @@ def uniform(source: str, position: int) -> float:
     return (int.from_bytes(digest) >> 11) * 2.0**-53
 
 
-def adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """A copy with masks, penalties and bias: (requests, vocabulary). What is forbidden stays so under all of them."""
-    logits = Masks(requests).apply(logits)
-    _penalize(logits, requests)
-    _add_biases(logits, requests)
-    return logits
+def adjust(logits: Row, request: Request) -> Row:
+    """The row under masks, penalties and bias, as a copy where it changes. What is forbidden stays so under all."""
+    if is_masked(request):
+        logits = mask(logits, request)
+    return _weigh(logits, request) if _is_weighed(request) else logits
 
 
-def _changes_logits(request: Request) -> bool:
+def _is_settled(request: Request, *, best: int) -> bool:
+    """Whether the likeliest token of the raw logits is the next one.
+
+    It is where nothing is drawn and no rule forbids it: then it is the likeliest of all that are allowed, and nobody
+    needs to know which others are.
+    """
+    if request.params.temperature > 0 or _is_weighed(request):
+        return False
+    return not is_masked(request) or permits(request, best)
+
+
+def _is_weighed(request: Request) -> bool:
     params = request.params
     return bool(
-        params.presence_penalty
-        or params.frequency_penalty
-        or params.repetition_penalty != 1.0
-        or params.logit_bias
-        or is_masked(request)
+        params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0 or params.logit_bias
     )
 
 
-def _penalize(logits: Tensor, requests: Sequence[Request]) -> None:
-    """Of each row only the tokens that occurred are touched."""
-    for row, request in enumerate(requests):
-        params = request.params
-        if params.repetition_penalty != 1.0:
-            seen, _ = _count(request.token_ids, logits)
-            old, penalty = logits[row, seen], params.repetition_penalty
-            logits[row, seen] = torch.where(old > 0, old / penalty, old * penalty)
-        if params.presence_penalty or params.frequency_penalty:
-            said, counts = _count(request.token_ids[request.num_prompt_tokens :], logits)
-            logits[row, said] -= counts * params.frequency_penalty + params.presence_penalty
+def _weigh(logits: Row, request: Request) -> Row:
+    """A copy under penalties and bias; only the tokens that occurred, or that have a bias, are touched."""
+    params, weighed = request.params, logits.copy()
+    if params.repetition_penalty != 1.0:
+        seen, _ = _count(request.token_ids)
+        old, penalty = weighed[seen], params.repetition_penalty
+        weighed[seen] = np.where(old > 0, old / penalty, old * penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        said, counts = _count(request.token_ids[request.num_prompt_tokens :])
+        weighed[said] -= counts * params.frequency_penalty + params.presence_penalty
+    for token_id, bias in params.logit_bias.items():
+        if token_id < len(weighed):
+            weighed[token_id] += bias
+    return weighed
 
 
-def _count(token_ids: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+def _count(token_ids: Sequence[int]) -> tuple[NDArray[np.int64], Row]:
     """The tokens that occur, and how often each does."""
     tokens, counts = np.unique(np.array(token_ids, dtype=np.int64), return_counts=True)
-    return torch.from_numpy(tokens).to(like.device), torch.from_numpy(counts).to(like.device)
-
-
-def _add_biases(logits: Tensor, requests: Sequence[Request]) -> None:
-    entries = [
-        (row, token, bias)
-        for row, request in enumerate(requests)
-        for token, bias in request.params.logit_bias.items()
-        if token < logits.shape[-1]
-    ]
-    if entries:
-        rows, tokens, biases = (list(column) for column in zip(*entries, strict=True))
-        values = torch.tensor(biases, dtype=logits.dtype, device=logits.device)
-        logits.index_put_((_indices(rows, logits), _indices(tokens, logits)), values, accumulate=True)
-
-
-def _indices(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=like.device)
+    return tokens, counts.astype(np.float32)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qserve.device.masks import permits
 from qserve.device.runner import ModelRunner
 from qserve.device.sampler import Sampler, adjust
 from qserve.engine.request import Chunk, Request, SamplingParams
@@ -29,6 +30,9 @@ class Bits:
 
     def allowed(self) -> bytes:
         return self._bits
+
+    def allows(self, token_id: int) -> bool:
+        return bool(self._bits[token_id // 8] >> token_id % 8 & 1)
 
 
 def _request(*, output: tuple[int, ...] = (), constraint: Bits | None = None, **params: Any) -> Request:
@@ -66,17 +70,22 @@ CASES: list[tuple[Request, set[int]]] = [
 ]
 
 
-def test_each_rule_beside_all_others() -> None:
-    before = _logits(len(CASES))
-    after = adjust(before, [request for request, _ in CASES])
-    assert [_forbidden(*rows) for rows in zip(before, after, strict=True)] == [forbidden for _, forbidden in CASES]
+@pytest.mark.parametrize(("request_", "forbidden"), CASES)
+def test_each_rule(request_: Request, forbidden: set[int]) -> None:
+    before = _logits(1)[0]
+    after = torch.from_numpy(adjust(before.numpy(), request_))
+    assert _forbidden(before, after) == forbidden
+    assert {token_id for token_id in ALL if not permits(request_, token_id)} == forbidden
 
 
-@pytest.mark.parametrize("number", range(len(CASES)))
-def test_each_rule_alone(number: int) -> None:
-    request, forbidden = CASES[number]
-    before = _logits(1)
-    assert _forbidden(before[0], adjust(before, [request])[0]) == forbidden
+@pytest.mark.parametrize("is_weighed", [False, True])
+def test_the_likeliest_of_what_is_allowed_is_chosen(is_weighed: bool) -> None:
+    """Whether the likeliest of all is allowed, and then nothing is masked, or not."""
+    params: dict[str, Any] = {"temperature": 0.0, "logit_bias": {0: 1e-9} if is_weighed else {}}
+    for row in _logits(200).unbind():
+        order = row.argsort(descending=True).tolist()
+        for held in (order[:9], order[1:9], order[-2:]):
+            assert Sampler().sample(row[None], [_request(constraint=Bits(*held), **params)]) == [held[0]]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

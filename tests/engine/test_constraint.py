@@ -26,6 +26,9 @@ class Recorder:
     def allowed(self) -> bytes:
         return b"\xff\xff"
 
+    def allows(self, token_id: int) -> bool:
+        return True
+
 
 def test_every_token_is_heard_once_though_requests_are_preempted() -> None:
     config = EngineConfig(max_running=4, max_step_tokens=16, block_size=4)

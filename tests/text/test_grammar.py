@@ -208,6 +208,35 @@ def test_a_grammar_that_is_asked_for_again_is_not_compiled_again(byte_level: Tok
     assert compiler.compile(from_regex("a+", param="p")) is compiler.compile(from_regex("a+", param="p"))
 
 
+@pytest.mark.parametrize("size", [504, 520])
+@pytest.mark.parametrize(
+    "source",
+    [
+        from_json_schema(SCHEMA, param="p"),
+        from_json_schema({"type": "object"}, param="p"),
+        from_regex("([a-c]{1,3} ){2}|\u00e9+", param="p"),
+        from_choices(["yes", "yesterday", "no"], param="p"),
+        from_grammar('start: /a+/ <[3]> start | "b"', param="p"),
+        from_grammar("start: /(.|\\n)*/", param="p"),
+    ],
+)
+def test_a_token_alone_is_allowed_exactly_where_its_bit_is_set(
+    byte_level: Tokenizer, source: GrammarSource, size: int
+) -> None:
+    """Every token of the vocabulary, those that stand for nothing among them, all along some texts."""
+    grammar = GrammarCompiler(byte_level, vocabulary_size=size).compile(source)
+    for seed in range(4):
+        random_ = random.Random(seed)
+        constraint = grammar.start(stop_ids=frozenset({2, 70}))
+        for _ in range(12):
+            singly = [token_id for token_id in range(size) if constraint.allows(token_id)]
+            assert singly == allowed_ids(constraint, size)
+            going_on = sorted(set(singly) - {2, 70})
+            if not going_on:
+                break
+            constraint.accept(random_.choice(going_on))
+
+
 @pytest.mark.parametrize("size", [500, 512, 520])
 def test_a_model_with_other_rows_than_the_tokenizer_has_tokens(byte_level: Tokenizer, size: int) -> None:
     grammar = GrammarCompiler(byte_level, vocabulary_size=size).compile(from_regex("(.|\\n)+", param="p"))

@@ -23,6 +23,8 @@ from qserve.api.stream import Envelope, EventStream, StreamForm, UsageCounter, w
 from qserve.api.tools import ReplyForm, make_reply
 from qserve.generation import Deadline, GenerationOptions, Prompt, ScoredToken, TextDelta
 from qserve.llm import LLM, Generation, merge
+from qserve.text.detokenizer import make_detokenizer
+from qserve.text.reasoning import ReasoningCounter
 
 _SEEDS = 2**63
 
@@ -60,7 +62,17 @@ class Plan:
 
     def count_usage(self) -> UsageCounter:
         lengths = [len(prompt.ids) for prompt in self.prompts]
-        return UsageCounter(lengths, num_choices=len(lengths) * self.num_samples)
+        counters = [self.make_counter() for _ in range(len(lengths) * self.num_samples)]
+        return UsageCounter(lengths, counters)
+
+    def make_counter(self) -> ReasoningCounter | None:
+        """For one generation of a chat, where reasoning is told apart."""
+        form = self.reply
+        if form is None or form.reasoning is None:
+            return None
+        tokenizer, (prompt,), (options,) = self.llm.tokenizer, self.prompts, self.options
+        detokenizer = make_detokenizer(tokenizer, prompt.ids, skipped=options.skipped_ids(tokenizer))
+        return ReasoningCounter(form.reasoning, is_open=form.is_reasoning_open, detokenizer=detokenizer)
 
     def write_logprobs(self, tokens: Sequence[ScoredToken]) -> object:
         if self.logprobs is None or not tokens:

@@ -45,17 +45,12 @@ class BlockReader:
         self._unplaced: list[ScoredToken] = []  # scores of tokens whose text is not certain yet
         self._is_open = False  # whether the last block is
         self.blocks: list[Block] = []
-        self.num_tokens = 0
-        self.num_reasoning_tokens = 0  # those made before the reasoning's end was seen
 
     def read(self, delta: TextDelta) -> Iterator[Change]:
         """What a delta changes, its end included. Read to the end before the next delta."""
         self._unplaced += delta.logprobs
         for part in self._parts(delta):
             yield from self._add(part)
-        if self.blocks and self.blocks[-1].kind == "reasoning":
-            self.num_reasoning_tokens += delta.num_output_tokens - self.num_tokens
-        self.num_tokens = delta.num_output_tokens
         if delta.finish_reason is not None:
             yield from self._end(delta.finish_reason)
 

@@ -21,6 +21,7 @@ from qserve.api.tools import Reply
 from qserve.errors import QserveError
 from qserve.generation import ScoredToken, TextDelta
 from qserve.llm import Generation, merge
+from qserve.text.reasoning import ReasoningCounter
 
 _PING = b": ping\n\n"
 _DONE = b"data: [DONE]\n\n"
@@ -86,25 +87,31 @@ class Envelope:
 class UsageCounter:
     """Tokens so far over all choices of an answer; a prompt counts once, however many choices it has."""
 
-    def __init__(self, prompt_lengths: Sequence[int], *, num_choices: int) -> None:
+    def __init__(self, prompt_lengths: Sequence[int], reasoning: Sequence[ReasoningCounter | None]) -> None:
+        """`reasoning` has an entry for each choice, None where reasoning is not told apart."""
+        self._reasoning = reasoning
         self._num_prompt_tokens = sum(prompt_lengths)
-        self._num_output_tokens = [0] * num_choices
+        self._num_output_tokens = [0] * len(reasoning)
         self._num_cached_tokens = [0] * len(prompt_lengths)
-        self._choices_per_prompt = num_choices // len(prompt_lengths)
+        self._choices_per_prompt = len(reasoning) // len(prompt_lengths)
 
     def take(self, index: int, delta: TextDelta) -> None:
         self._num_output_tokens[index] = delta.num_output_tokens
+        if (counter := self._reasoning[index]) is not None:
+            counter.take(delta.token_ids)
         if index % self._choices_per_prompt == 0:
             self._num_cached_tokens[index // self._choices_per_prompt] = delta.num_cached_tokens
 
     def report(self) -> dict[str, object]:
         completion = sum(self._num_output_tokens)
-        return {
+        usage: dict[str, object] = {
             "prompt_tokens": self._num_prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self._num_prompt_tokens + completion,
             "prompt_tokens_details": {"cached_tokens": sum(self._num_cached_tokens)},
         }
+        counted = [counter.num_reasoning_tokens for counter in self._reasoning if counter is not None]
+        return {**usage, "completion_tokens_details": {"reasoning_tokens": sum(counted)}} if counted else usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

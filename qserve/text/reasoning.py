@@ -1,11 +1,12 @@
 """Reasoning that a model writes before its answer, told apart from it.
 
-The forms are a table; which one a model has shows in its chat template. Knows no HTTP and no tokens.
+The forms are a table; which one a model has shows in its chat template. Knows no HTTP.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from qserve.text.detokenizer import Detokenizer
 from qserve.text.pieces import Part, PieceReader, count_held
 from qserve.text.tools import CallParser
 
@@ -42,6 +43,16 @@ class ReplyParser(PieceReader):
     @property
     def num_calls(self) -> int:
         return 0 if self._calls is None else self._calls.num_calls
+
+    @property
+    def is_thinking(self) -> bool:
+        """Whether what comes next is reasoning, as far as can be told."""
+        return self._state == self._read_thought
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether no reasoning can come any more."""
+        return self._state in (self._skip_blanks, self._read_answer)
 
     def finish(self) -> list[Part]:
         return [*super().finish(), *(self._calls.finish() if self._calls else ())]
@@ -90,3 +101,26 @@ class ReplyParser(PieceReader):
         if text:
             self._parts += [Part(kind="text", text=text)] if self._calls is None else self._calls.feed(text)
         return False
+
+
+class ReasoningCounter:
+    """How many of a reply's tokens are reasoning: all that were made until its end was written, the markers included.
+
+    It reads token by token, whatever pieces the text is sent in.
+    """
+
+    def __init__(self, form: ReasoningFormat, *, is_open: bool, detokenizer: Detokenizer) -> None:
+        self._reader = ReplyParser(reasoning=form, is_open=is_open, calls=None)
+        self._detokenizer = detokenizer
+        self._num_tokens = 0
+        self.num_reasoning_tokens = 0
+
+    def take(self, token_ids: Iterable[int]) -> None:
+        for token_id in token_ids:
+            if self._reader.is_answering:
+                return
+            was_thinking = self._reader.is_thinking
+            self._num_tokens += 1
+            self._reader.feed(self._detokenizer.feed(token_id))
+            if was_thinking or self._reader.is_thinking:
+                self.num_reasoning_tokens = self._num_tokens

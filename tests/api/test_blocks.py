@@ -91,11 +91,6 @@ def test_the_block_in_which_the_reply_had_to_end_is_cut() -> None:
     assert reader.blocks[0].is_cut
 
 
-def test_reasoning_is_counted_until_its_end_is_seen() -> None:
-    reader, _ = read(["<think>", "One", " two", "</think>", "Three"], form_of())
-    assert (reader.num_reasoning_tokens, reader.num_tokens) == (3, 5)
-
-
 def test_scores_go_to_the_text() -> None:
     def scored(token_id: int) -> tuple[ScoredToken, ...]:
         return (ScoredToken(token_id, 0, (TokenLogprob(token_id, -1.0, 1),)),)

@@ -209,6 +209,15 @@ def test_reasoning_is_apart(thinking: Chat) -> None:
     assert "".join(delta.get("reasoning_content") or "" for delta in deltas) == whole.reasoning_content
     hidden = ask(thinking, tools=[], max_tokens=30, temperature=0, extra_body={"include_reasoning": False})
     assert not hasattr(hidden.choices[0].message, "reasoning_content")
+    assert hidden.usage.completion_tokens_details.reasoning_tokens == 30
+    *_, last = ask(
+        thinking, tools=[], max_tokens=9, temperature=0, n=2, stream=True, stream_options={"include_usage": True}
+    )
+    assert last.usage.completion_tokens_details.reasoning_tokens == 18
+
+
+def test_where_nothing_reasons_no_reasoning_is_counted(chat: Chat) -> None:
+    assert ask(chat, tools=[], max_tokens=3).usage.completion_tokens_details is None
 
 
 def test_a_structured_answer_is_no_reasoning(thinking: Chat) -> None:

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qserve.text.detokenizer import make_detokenizer
 from qserve.text.grammar import GrammarCompiler, from_grammar
 from qserve.text.pieces import Part, PieceReader
-from qserve.text.reasoning import ReasoningFormat, ReplyParser, find_reasoning_format
+from qserve.text.reasoning import ReasoningCounter, ReasoningFormat, ReplyParser, find_reasoning_format
 from qserve.text.tokenizer import Tokenizer
 from qserve.text.tools import TOOL_FORMATS, CallParser, call_grammar, explain_tools, find_tool_format
 
@@ -212,6 +213,31 @@ def test_reasoning_and_then_a_call() -> None:
         calls = CallParser(FORMS["hermes"], names=NAMES)
         found = read(ReplyParser(reasoning=THINK, is_open=False, calls=calls), *pieces)
         assert found == {"text": "", "reasoning": 'I call "<tool_call>".', "calls": [ADD]}
+
+
+@pytest.mark.parametrize(
+    ("is_open", "text", "counted"),
+    [
+        (False, "<think>One two</think>Three", "<think>One two</think>"),
+        (False, "\n<think></think>\n\nThree", "\n<think></think>"),
+        (True, "One\u00e9</think> Three <think>x</think>", "One\u00e9</think>"),
+        (True, "One </thin", "One </thin"),
+        (False, "Three <think>x</think>", ""),
+        (False, "", ""),
+    ],
+)
+def test_reasoning_tokens_are_those_up_to_its_end(
+    byte_level: Tokenizer, is_open: bool, text: str, counted: str
+) -> None:
+    """Counted alike in whatever portions the tokens come; those of the end's marker are counted whole."""
+    ids = byte_level.encode(text, add_special_tokens=False)
+    ends = [len(byte_level.decode(ids[:number])) for number in range(len(ids) + 1)]
+    expected = next(number for number, end in enumerate(ends) if end >= len(counted))
+    for size in (1, 2, 5, 100):
+        counter = ReasoningCounter(THINK, is_open=is_open, detokenizer=make_detokenizer(byte_level))
+        for start in range(0, len(ids), size):
+            counter.take(ids[start : start + size])
+        assert counter.num_reasoning_tokens == expected
 
 
 def test_a_template_shows_its_reasoning() -> None:

@@ -40,6 +40,7 @@ class ResponseAnswer:
         self._identity = identity
         self._created = int(time.time())
         self._reader = BlockReader(plan.reply)
+        self._counter = plan.make_counter()
         self._num_events = 0
         self._last: TextDelta | None = None
         self._error: QserveError | None = None
@@ -49,6 +50,8 @@ class ResponseAnswer:
         yield self._event("response.in_progress", response=self.whole())
 
     def take(self, delta: TextDelta) -> Iterator[Event]:
+        if self._counter is not None:
+            self._counter.take(delta.token_ids)
         for change in self._reader.read(delta):
             yield from self._tell(change)
         if delta.finish_reason is not None:
@@ -146,7 +149,9 @@ class ResponseAnswer:
             "input_tokens": num_prompt_tokens,
             "input_tokens_details": {"cached_tokens": last.num_cached_tokens, "cache_write_tokens": 0},
             "output_tokens": last.num_output_tokens,
-            "output_tokens_details": {"reasoning_tokens": self._reader.num_reasoning_tokens},
+            "output_tokens_details": {
+                "reasoning_tokens": self._counter.num_reasoning_tokens if self._counter is not None else 0
+            },
             "total_tokens": num_prompt_tokens + last.num_output_tokens,
         }
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from qserve.api.endpoints import ENDPOINTS, Endpoint
 from qserve.api.not_served import BOOKKEEPING
-from qserve.api.openapi import kinds_of, request_schemas
+from qserve.api.openapi import kinds_of, objects_of, request_schemas
 
 _HEAD = """\
 # The API
@@ -73,23 +73,37 @@ def _details(endpoint: Endpoint) -> Iterator[str]:
     assert operation.body is not None
     if operation.about:
         yield operation.about + "\n"
-    schema = request_schemas(operation.body)[operation.body.__name__]
-    required = schema.get("required", ())
-    rows = [
-        (f"`{name}`", _words(field), "required" if name in required else _default(field))
-        for name, field in schema["properties"].items()
-        if name not in operation.body.not_served
-    ]
+    schemas = request_schemas(operation.body)
+    own = schemas[operation.body.__name__]
+    served = {name: field for name, field in own["properties"].items() if name not in operation.body.not_served}
+    rows = list(_rows({**own, "properties": served}, schemas))
     yield from _table(("parameter", "takes", "default"), rows)
 
 
+def _rows(
+    schema: Mapping[str, Any], schemas: Mapping[str, Any], *, path: str = "", note: str = ""
+) -> Iterator[tuple[str, str, str]]:
+    """A row for each field, and behind it those of the objects that it takes: `tools[].function.name`.
+
+    `note` tells of which object a field is, where there are several in one place.
+    """
+    required = schema.get("required", ())
+    for name, field in schema["properties"].items():
+        yield f"`{path}{name}`{note}", _words(field), "required" if name in required else _default(field)
+        inner = list(objects_of(field))
+        for brackets, kind in inner:
+            inner_note = f" of {kind.lstrip('_')}" if len(inner) > 1 else note
+            yield from _rows(schemas[kind], schemas, path=f"{path}{name}{brackets}.", note=inner_note)
+
+
 def _words(field: Mapping[str, Any]) -> str:
-    return " or ".join(dict.fromkeys(map(_kind, kinds_of(field)))) or "anything"
+    return " or ".join(dict.fromkeys(map(_kind, kinds_of(field)))) or "`null`"
 
 
 def _kind(kind: Mapping[str, Any]) -> str:
     if "$ref" in kind:
-        return f"{kind['$ref'].rpartition('/')[2].lstrip('_')} object"
+        (_, name), *_ = objects_of(kind)
+        return f"{name.lstrip('_')} object"
     if "enum" in kind or "const" in kind:
         return ", ".join(f"`{json.dumps(value)}`" for value in kind.get("enum", [kind.get("const")]))
     if "anyOf" in kind or "oneOf" in kind:

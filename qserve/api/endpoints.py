@@ -59,8 +59,9 @@ ENDPOINTS: tuple[Endpoint, ...] = (
             about="The prompt is what the model's own chat template makes of the messages. Tools stand in it as the "
             "template writes them, or in the system message where it knows none; calls are read in the form that the "
             "template shows (Hermes and Qwen, Mistral, Llama 3, or JSON). A forced call, and one of a strict tool, is "
-            "written under a grammar. Reasoning that the template marks comes as `reasoning_content`. Where both a "
-            "format and free tools are given, the format is what holds.",
+            "written under a grammar. Reasoning that the template marks comes as `reasoning_content`, and its "
+            "tokens, the marks among them, are counted in `usage`. Where both a format and free tools are given, the "
+            "format is what holds.",
             body=ChatRequest,
             answer=("id", "object", "created", "model", "choices", "usage"),
             can_stream=True,

@@ -104,7 +104,7 @@ def _with_nulls(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _nullable(field: dict[str, Any]) -> dict[str, Any]:
-    if any(kind == {"type": "null"} for kind in field.get("anyOf", ())) or None in field.get("enum", ()):
+    if any(kind.get("type") == "null" for kind in (field, *field.get("anyOf", ()))) or None in field.get("enum", ()):
         return field
     about: dict[str, Any] = {key: field[key] for key in ("title", "description", "default") if key in field}
     rest = {key: value for key, value in field.items() if key not in about}
@@ -117,3 +117,12 @@ def kinds_of(field: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for kind in field.get("anyOf") or field.get("oneOf") or (field,):
         if kind.get("type") != "null":
             yield kind
+
+
+def objects_of(field: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The names of the objects that a field takes, behind as many brackets as they stand in lists."""
+    for kind in kinds_of(field):
+        if "$ref" in kind:
+            yield "", kind["$ref"].removeprefix(_SCHEMAS)
+        for brackets, name in objects_of(kind["items"]) if kind.get("items") else ():
+            yield f"[]{brackets}", name

@@ -12,7 +12,6 @@ from pydantic_core import ErrorDetails, from_json
 
 from qserve.api.content import texts_of
 from qserve.api.not_served import (
-    BOOKKEEPING,
     NOT_SERVED_IN_CHAT,
     NOT_SERVED_IN_COMPLETIONS,
     refuse_what_is_not_served,
@@ -20,6 +19,7 @@ from qserve.api.not_served import (
 from qserve.api.sampling import SamplingRequest, Stops
 from qserve.api.structured import Rules, StructuredRequest
 from qserve.api.tools import Tool, ToolRequest
+from qserve.api.unknown import find_unknown
 from qserve.api.wire import Wire
 from qserve.engine.request import SamplingParams
 from qserve.errors import InvalidRequest
@@ -226,9 +226,7 @@ def parse(kind: type[T], body: bytes) -> tuple[T, list[str]]:
     if not isinstance(fields, dict):
         raise InvalidRequest(f"The body must be a JSON object, not {type(fields).__name__}.")
     refuse_what_is_not_served(fields, kind.not_served)
-    request = validate(kind, fields)
-    known = kind.model_fields.keys() | kind.not_served.keys() | BOOKKEEPING
-    return request, sorted(fields.keys() - known)
+    return validate(kind, fields), sorted(find_unknown(kind, fields))
 
 
 def validate(kind: type[T], fields: dict[str, Any]) -> T:

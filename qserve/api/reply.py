@@ -36,4 +36,4 @@ def name_unknown_fields(names: Sequence[str]) -> dict[str, str]:
 
 def _as_header(names: Sequence[str]) -> str:
     """Field names as a header may carry them, control characters escaped, and not too many."""
-    return ", ".join(name[:40].encode("unicode_escape").decode() for name in names[:10])
+    return ", ".join(name[:80].encode("unicode_escape").decode() for name in names[:10])

@@ -97,6 +97,14 @@ def test_null_is_not_given(client: httpx.Client) -> None:
 def test_unknown_fields_are_named_in_a_header(client: httpx.Client) -> None:
     response = client.post("/v1/completions", json={"prompt": "x", "speling": 1, "max_tokens": 1, "user": "me"})
     assert response.headers["x-qserve-ignored-fields"] == "speling"
+    deep = {
+        "prompt": "x",
+        "stream": True,
+        "stream_options": {"include_usge": True},
+        "response_format": {"type": "text", "a": [1]},
+    }
+    response = client.post("/v1/completions", json=deep)
+    assert response.headers["x-qserve-ignored-fields"] == "response_format.a, stream_options.include_usge"
     assert "x-qserve-ignored-fields" not in client.post("/v1/completions", json={"prompt": "x"}).headers
 
 

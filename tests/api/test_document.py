@@ -11,8 +11,10 @@ import pytest
 from qserve.api.app import make_app
 from qserve.api.document import document
 from qserve.api.endpoints import ENDPOINTS
+from qserve.api.messages.request import MessageRequest
 from qserve.api.openapi import request_schemas
-from qserve.api.protocol import parse
+from qserve.api.protocol import ChatRequest, parse
+from qserve.api.responses.request import ResponseRequest
 from qserve.api.service import Service
 from qserve.api.wire import Wire
 from qserve.errors import InvalidRequest
@@ -98,3 +100,33 @@ def test_what_is_not_served_is_refused(body: type[Wire]) -> None:
         with pytest.raises(InvalidRequest) as refused:
             parse(body, json.dumps({**MINIMAL[body.__name__], name: "something"}).encode())
         assert refused.value.param == name
+
+
+def test_fields_of_fields_are_listed() -> None:
+    written = document()
+    for name in ("stream_options.include_usage", "response_format.json_schema.schema", "tools[].function.name"):
+        assert f"| `{name}` |" in written
+
+
+@pytest.mark.parametrize(
+    ("body", "fields", "unknown"),
+    [
+        (ChatRequest, {"tools": [{"type": "function", "function": {"name": "f", "a": 1}, "b": 1}]}, []),
+        (
+            ChatRequest,
+            {"messages": [{"role": "user", "content": [{"type": "text", "a": 1}]}]},
+            ["messages[0].content[0].a"],
+        ),
+        (ChatRequest, {"chat_template_kwargs": {"a": {"b": 1}}, "c": {"d": 1}}, ["c"]),
+        (ResponseRequest, {"input": [{"role": "user", "content": "x", "id": "1"}]}, ["input[0].id"]),
+        (
+            MessageRequest,
+            {"system": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}, "a": 1}]},
+            ["system[0].a"],
+        ),
+    ],
+)
+def test_unknown_fields_are_found_wherever_they_stand(
+    body: type[Wire], fields: dict[str, Any], unknown: list[str]
+) -> None:
+    assert parse(body, json.dumps({**MINIMAL[body.__name__], **fields}).encode())[1] == unknown

@@ -17,7 +17,9 @@ from qserve.device.sampler import Sampler
 from qserve.engine.request import Chunk, Request, Sampled, SamplingParams, TokenLogprob
 from qserve.kernels.ops import Batch
 
-_MAX_LOGIT_ELEMENTS = 1 << 24  # of prompt positions times vocabulary at once: 64 MiB
+# Prompt positions whose logits stand at once. The kernels keep memory for as many; more would be new memory each time,
+# some 60 MiB, which malloc does not give back, and no faster.
+_NUM_SCORED = 64
 
 
 class Model(Protocol):
@@ -148,9 +150,8 @@ class ModelRunner:
         if num_top is None or num_rows <= 0:
             return ()
         targets = request.token_ids[chunk.start + 1 : chunk.start + 1 + num_rows]
-        size = max(1, _MAX_LOGIT_ELEMENTS // self._model.vocab_size)
         found: list[tuple[TokenLogprob, ...]] = []
-        for start in range(0, num_rows, size):
-            end = min(start + size, num_rows)
+        for start in range(0, num_rows, _NUM_SCORED):
+            end = min(start + _NUM_SCORED, num_rows)
             found += logprobs_of(self._model.logits(hidden[start:end]), targets[start:end], num_top=num_top)
         return tuple(found)

@@ -1,15 +1,16 @@
-"""From a checked request to its answer, streamed or whole; both are made of the same deltas.
+"""From a request to its answer, streamed or whole; both are made of the same deltas.
 
 `completions.py` and `chat.py` make the plans; the packages `responses` and `messages` write what comes of them in
 other words.
 """
 
+import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -17,10 +18,12 @@ from starlette.responses import JSONResponse, Response
 from qserve.api.access_log import note_generations
 from qserve.api.limits import find_deadline
 from qserve.api.logprobs import LogprobWriter
-from qserve.api.protocol import GenerationRequest
+from qserve.api.protocol import GenerationRequest, parse
 from qserve.api.reply import name_unknown_fields, unless_gone
+from qserve.api.sampling import SamplingRequest
 from qserve.api.stream import Envelope, EventStream, StreamForm, UsageCounter, write_frames
 from qserve.api.tools import ReplyForm, make_reply
+from qserve.config import LimitsConfig
 from qserve.generation import Deadline, GenerationOptions, Prompt, ScoredToken, TextDelta
 from qserve.llm import LLM, Generation, merge
 from qserve.text.detokenizer import make_detokenizer
@@ -110,16 +113,34 @@ class Writer(Protocol):
     async def collect(self, generations: Sequence[Generation]) -> dict[str, Any]: ...
 
 
-async def answer(request: Request, plan: Plan, writer: Writer, *, unknown_fields: Sequence[str]) -> Response:
-    """Starts what was planned. Errors up to here have a status; later ones in a stream are frames."""
-    headers = name_unknown_fields(unknown_fields)
+W = TypeVar("W", bound=SamplingRequest)
+
+
+async def answer(
+    request: Request,
+    kind: type[W],
+    *,
+    plan: Callable[[LLM, W, LimitsConfig], Plan],
+    write: Callable[[W, Plan], Writer],
+) -> Response:
+    """What every endpoint does that generates: a request of that kind is read, planned and answered."""
+    wanted, unknown_fields = parse(kind, await request.body())
+    llm = request.app.state.service.find(wanted.model)
+    llm.check_room()
+    # In a thread: a long prompt takes long to encode, and streams must not stand still for it.
+    planned = await asyncio.to_thread(plan, llm, wanted, request.app.state.limits)
+    return await _start(request, planned, write(wanted, planned), headers=name_unknown_fields(unknown_fields))
+
+
+async def _start(request: Request, plan: Plan, writer: Writer, *, headers: Mapping[str, str]) -> Response:
+    """Errors up to here have a status; later ones in a stream are frames."""
     with ExitStack() as held:
         generations = plan.start(held, deadline=find_deadline(plan.wanted.timeout, request.app.state.limits))
         note_generations(request.scope, generations)
         if plan.wanted.stream:
             ping_seconds = request.app.state.ping_seconds
             return EventStream(writer.stream(generations), held.pop_all(), headers, ping_seconds=ping_seconds)
-        return JSONResponse(await unless_gone(request.receive, writer.collect(generations)), headers=headers)
+        return JSONResponse(await unless_gone(request.receive, writer.collect(generations)), headers=dict(headers))
 
 
 class ChoiceWriter:

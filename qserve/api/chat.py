@@ -1,6 +1,5 @@
 """/v1/chat/completions: messages, through the model's own template, answered."""
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,9 +9,9 @@ from starlette.responses import Response
 from qserve.api.answer import ChoiceWriter, Plan, answer
 from qserve.api.limits import check_limits
 from qserve.api.logprobs import LogprobWriter
-from qserve.api.protocol import ChatMessage, ChatRequest, parse
-from qserve.api.service import Service
+from qserve.api.protocol import ChatMessage, ChatRequest
 from qserve.api.tools import find_reply_form
+from qserve.config import LimitsConfig
 from qserve.errors import InvalidRequest
 from qserve.generation import Prompt
 from qserve.llm import LLM
@@ -21,13 +20,7 @@ from qserve.text.tools import explain_tools
 
 
 async def chat_completions(request: Request) -> Response:
-    service: Service = request.app.state.service
-    wanted, unknown = parse(ChatRequest, await request.body())
-    check_limits(wanted, request.app.state.limits)
-    llm = service.find(wanted.model)
-    llm.check_room()
-    plan = await asyncio.to_thread(plan_chat, llm, wanted)
-    return await answer(request, plan, ChoiceWriter(plan), unknown_fields=unknown)
+    return await answer(request, ChatRequest, plan=plan_chat, write=lambda _, plan: ChoiceWriter(plan))
 
 
 def render_messages(
@@ -65,8 +58,9 @@ def render_chat(llm: LLM, wanted: ChatRequest) -> Prompt:
     )
 
 
-def plan_chat(llm: LLM, wanted: ChatRequest, *, can_be_shorter: bool = False) -> Plan:
+def plan_chat(llm: LLM, wanted: ChatRequest, limits: LimitsConfig, *, can_be_shorter: bool = False) -> Plan:
     """What is made of a chat. It can be shorter than was asked for where its end tells so."""
+    check_limits(wanted, limits)
     prompt = render_chat(llm, wanted)
     form = find_reply_form(llm, wanted, prompt, is_structured=wanted.is_structured)
     if wanted.truncate_prompt_tokens is not None:

@@ -1,32 +1,24 @@
 """/v1/completions: prompts as text or as ids, continued."""
 
-import asyncio
-
 from starlette.requests import Request
 from starlette.responses import Response
 
 from qserve.api.answer import ChoiceWriter, Plan, answer
 from qserve.api.limits import check_limits
 from qserve.api.logprobs import LogprobWriter
-from qserve.api.protocol import CompletionRequest, parse
-from qserve.api.service import Service
+from qserve.api.protocol import CompletionRequest
 from qserve.api.structured import Rules
+from qserve.config import LimitsConfig
 from qserve.generation import GenerationOptions, Prompt
 from qserve.llm import LLM
 
 
 async def completions(request: Request) -> Response:
-    service: Service = request.app.state.service
-    wanted, unknown = parse(CompletionRequest, await request.body())
-    check_limits(wanted, request.app.state.limits)
-    llm = service.find(wanted.model)
-    llm.check_room()
-    # In a thread: a long prompt takes long to encode, and streams must not stand still for it.
-    plan = await asyncio.to_thread(_plan, llm, wanted)
-    return await answer(request, plan, ChoiceWriter(plan), unknown_fields=unknown)
+    return await answer(request, CompletionRequest, plan=_plan, write=lambda _, plan: ChoiceWriter(plan))
 
 
-def _plan(llm: LLM, wanted: CompletionRequest) -> Plan:
+def _plan(llm: LLM, wanted: CompletionRequest, limits: LimitsConfig) -> Plan:
+    check_limits(wanted, limits)
     prompts = [_make_prompt(llm, wanted, prompt) for prompt in wanted.prompt]
     rules = wanted.compile_rules(llm)
     return Plan(

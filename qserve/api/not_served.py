@@ -78,9 +78,21 @@ BOOKKEEPING = frozenset(
     }
 )
 
+# What to do in place of what is refused, where there is something.
+_INSTEAD = {
+    "chat_template": "the server's own is set with --chat-template when it is started",
+    "functions": "send tools",
+    "function_call": "send tool_choice",
+    "previous_response_id": "nothing is stored, so send the whole conversation as input",
+    "conversation": "nothing is stored, so send the whole conversation as input",
+    "thinking_token_budget": "reasoning counts among max_tokens, or send reasoning_effort",
+    "stream_options": "usage comes with the last event",
+}
+
 
 def refuse_what_is_not_served(fields: Mapping[str, Any], not_served: Mapping[str, Neutral]) -> None:
     for name, neutral in not_served.items():
         value = fields.get(name)
         if value is not None and value not in neutral:
-            raise InvalidRequest(f"{name} is not supported by this server; leave it out.", param=name)
+            instead = f" ({_INSTEAD[name]})" if name in _INSTEAD else ""
+            raise InvalidRequest(f"{name} is not supported by this server; leave it out{instead}.", param=name)

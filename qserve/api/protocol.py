@@ -60,7 +60,6 @@ class StreamOptions(Wire):
 class GenerationRequest(SamplingRequest, StructuredRequest):
     """What completions and chat share."""
 
-    model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int = Field(1, ge=1, le=128)

@@ -37,6 +37,7 @@ Bias: TypeAlias = Annotated[float, Field(ge=-100, le=100)]
 class SamplingRequest(Wire):
     """OpenAI's fields and vLLM's, under one name at every endpoint."""
 
+    model: str | None = None
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, ge=0, le=1)
     top_k: int = Field(0, ge=-1)

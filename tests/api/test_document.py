@@ -130,3 +130,17 @@ def test_unknown_fields_are_found_wherever_they_stand(
     body: type[Wire], fields: dict[str, Any], unknown: list[str]
 ) -> None:
     assert parse(body, json.dumps({**MINIMAL[body.__name__], **fields}).encode())[1] == unknown
+
+
+@pytest.mark.parametrize(
+    ("body", "fields", "advice"),
+    [
+        (ChatRequest, {"chat_template": "x"}, "--chat-template"),
+        (ChatRequest, {"thinking_token_budget": 9}, "max_tokens"),
+        (MessageRequest, {"thinking": {"type": "enabled", "budget_tokens": 1024}}, "send adaptive"),
+        (ResponseRequest, {"previous_response_id": "x"}, "whole conversation"),
+    ],
+)
+def test_a_refusal_tells_what_to_do_instead(body: type[Wire], fields: dict[str, Any], advice: str) -> None:
+    with pytest.raises(InvalidRequest, match=advice):
+        parse(body, json.dumps({**MINIMAL[body.__name__], **fields}).encode())

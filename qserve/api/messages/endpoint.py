@@ -9,7 +9,6 @@ from starlette.responses import JSONResponse, Response
 from qserve.api.answer import Plan, answer
 from qserve.api.chat import plan_chat, render_chat
 from qserve.api.events import EventWriter
-from qserve.api.limits import check_limits
 from qserve.api.messages.events import MessageAnswer
 from qserve.api.messages.request import MessagePrompt, MessageRequest
 from qserve.api.protocol import parse
@@ -20,13 +19,7 @@ from qserve.llm import LLM
 
 
 async def create_message(request: Request) -> Response:
-    service: Service = request.app.state.service
-    wanted, unknown = parse(MessageRequest, await request.body())
-    llm = service.find(wanted.model)
-    llm.check_room()
-    plan = await asyncio.to_thread(_plan, llm, wanted, request.app.state.limits)
-    writer = EventWriter(MessageAnswer(plan, identity=uuid.uuid4().hex, max_tokens=wanted.max_tokens))
-    return await answer(request, plan, writer, unknown_fields=unknown)
+    return await answer(request, MessageRequest, plan=_plan, write=_write)
 
 
 async def count_tokens(request: Request) -> Response:
@@ -40,9 +33,11 @@ async def count_tokens(request: Request) -> Response:
 
 
 def _plan(llm: LLM, wanted: MessageRequest, limits: LimitsConfig) -> Plan:
-    chat = wanted.as_chat()
-    check_limits(chat, limits)
-    return plan_chat(llm, chat, can_be_shorter=True)
+    return plan_chat(llm, wanted.as_chat(), limits, can_be_shorter=True)
+
+
+def _write(wanted: MessageRequest, plan: Plan) -> EventWriter:
+    return EventWriter(MessageAnswer(plan, identity=uuid.uuid4().hex, max_tokens=wanted.max_tokens))
 
 
 def _count(llm: LLM, wanted: MessagePrompt) -> int:

@@ -130,10 +130,16 @@ class MessageToolChoice(Wire):
         return _CHOICES.get(self.type) or {"type": "function", "function": {"name": self.name}}
 
 
+def _refuse_budget(kind: Any) -> Any:
+    if kind == "enabled":
+        raise ValueError("a budget for thinking is not supported; send adaptive, and thoughts count among max_tokens")
+    return kind
+
+
 class Thinking(Wire):
     """Without it, and when adaptive, the model thinks as its template has it. There is no budget of its own for it."""
 
-    type: Literal["adaptive", "disabled"]
+    type: Annotated[Literal["adaptive", "disabled"], BeforeValidator(_refuse_budget)]
     display: Literal["summarized", "omitted"] = "summarized"  # it is never summarized, but shown as it is
 
 

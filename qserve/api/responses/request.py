@@ -168,7 +168,6 @@ class Reasoning(Wire):
 class ResponseRequest(SamplingRequest):
     not_served = NOT_SERVED_IN_RESPONSES
 
-    model: str | None = None
     input: Annotated[
         list[Item], Field(min_length=1), BeforeValidator(_as_items, json_schema_input_type=str | list[Item])
     ]

@@ -75,6 +75,15 @@ class Server(uvicorn.Server):
             draining.cancel()
         else:
             await draining
+        await self._cut_connections()
+
+    async def _cut_connections(self) -> None:
+        """uvicorn leaves open those whose clients read no more, and the loop would be closed under them."""
+        connections = cast(set[Connection], self.server_state.connections)
+        for connection in [*connections]:
+            connection.transport.abort()
+        while connections:
+            await asyncio.sleep(0)
 
 
 def listen(config: ServerConfig) -> socket.socket:

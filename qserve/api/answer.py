@@ -7,7 +7,7 @@ other words.
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
@@ -109,7 +109,7 @@ class _Collected:
 class Writer(Protocol):
     """Writes what comes of a plan, in frames or whole."""
 
-    def stream(self, generations: Sequence[Generation]) -> AsyncIterator[bytes]: ...
+    def stream(self, generations: Sequence[Generation]) -> AsyncGenerator[bytes]: ...
     async def collect(self, generations: Sequence[Generation]) -> dict[str, Any]: ...
 
 
@@ -149,7 +149,7 @@ class ChoiceWriter:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
 
-    def stream(self, generations: Sequence[Generation]) -> AsyncIterator[bytes]:
+    def stream(self, generations: Sequence[Generation]) -> AsyncGenerator[bytes]:
         plan, asked = self._plan, self._plan.wanted.stream_options
         form = StreamForm(
             envelope=plan.envelope(is_stream=True),

@@ -3,7 +3,7 @@ r"""Answers as events with names, which newer protocols use in place of OpenAI's
 A frame is "event: NAME\ndata: JSON\n\n". The last event says how it ended; no [DONE] follows.
 """
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any, Protocol
 
 from qserve.api.stream import to_json
@@ -29,7 +29,7 @@ class EventWriter:
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
 
-    async def stream(self, generations: Sequence[Generation]) -> AsyncIterator[bytes]:
+    async def stream(self, generations: Sequence[Generation]) -> AsyncGenerator[bytes]:
         (generation,) = generations
         yield _frames(self._answer.begin())
         try:

@@ -7,7 +7,7 @@ text's own quoting and a join.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass
 
@@ -40,7 +40,7 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, frames: AsyncIterator[bytes], held: ExitStack, headers: Mapping[str, str], *, ping_seconds: float
+        self, frames: AsyncGenerator[bytes], held: ExitStack, headers: Mapping[str, str], *, ping_seconds: float
     ) -> None:
         super().__init__(headers={**_HEADERS, **headers})
         del self.headers["content-length"]
@@ -55,8 +55,9 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         with self._pinging(send):
-            async for frame in self._frames:
-                await send({"type": "http.response.body", "body": frame, "more_body": True})
+            async with aclosing(self._frames) as frames:
+                async for frame in frames:
+                    await send({"type": "http.response.body", "body": frame, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     @contextmanager
@@ -128,7 +129,7 @@ class StreamForm:
 
 async def write_frames(
     generations: Sequence[Generation], form: StreamForm, usage: UsageCounter
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     """Every frame of an answer, the closing one always among them."""
     writer = _FrameWriter(form, num_choices=len(generations))
     try:

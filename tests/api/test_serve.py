@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -195,3 +196,25 @@ def test_a_process_whose_engine_has_died_ends(tmp_path: Path) -> None:
         assert last["error"]["code"] == "engine_dead"
         assert running.wait() == 1
         assert "the engine thread has ended" in running.printed
+
+
+def test_no_connection_outlives_the_server(tokenizer_directory: Path) -> None:
+    """Of a client that reads nothing, while more is to be sent than fits on the way."""
+    llm, _ = make_llm(tokenizer_directory)
+    config = ServerConfig(port=0)
+    service = Service(llm)
+    server = Server(make_app(service), service, config)
+    with listen(config) as listening, socket.socket() as wire:
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        wire.connect(listening.getsockname())
+        body = json.dumps({**LONG, "prompt": ["Hello"] * 50, "logprobs": 20})
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        wire.sendall(f"{head}Content-Type: application/json\r\n\r\n{body}".encode())
+        wait_until(lambda: llm.loop.stats.num_generated_tokens > 6000, seconds=60)
+        server.force_exit = True
+        server.stop()
+        thread.join()
+    llm.close()
+    assert not server.server_state.connections

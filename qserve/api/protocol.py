@@ -56,6 +56,12 @@ class StreamOptions(Wire):
     continuous_usage_stats: bool = False
     include_obfuscation: Literal[False] = False
 
+    @model_validator(mode="after")
+    def _check_running(self) -> Self:
+        if not self.include_usage:
+            self.refuse("continuous_usage_stats", because="without include_usage", param="stream_options.")
+        return self
+
 
 class GenerationRequest(SamplingRequest, StructuredRequest):
     """What completions and chat share."""
@@ -193,7 +199,7 @@ class TokenizeRequest(Wire):
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] = Field([])
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None  # by default with a prompt
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = Field({})
@@ -204,6 +210,15 @@ class TokenizeRequest(Wire):
     def _check_one(self) -> Self:
         if (self.prompt is None) == (not self.messages):
             raise InvalidRequest("Send either prompt or messages.", param="prompt")
+        if self.prompt is None and self.add_special_tokens:
+            self.refuse("add_special_tokens", because="on messages, whose template writes them")
+        if self.prompt is not None:
+            self.refuse(
+                *("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools"),
+                because="on a prompt, which no template sees",
+            )
+        if self.continue_final_message and self.add_generation_prompt:
+            self.refuse("add_generation_prompt", because="beside continue_final_message")
         return self
 
 

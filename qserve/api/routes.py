@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 from qserve import __version__
 from qserve.api.chat import render_messages
 from qserve.api.protocol import DetokenizeRequest, TokenizeRequest, parse
+from qserve.api.reply import name_unknown_fields
 from qserve.api.service import Service
 from qserve.api.tools import as_sent
 from qserve.errors import EngineDead
@@ -52,24 +53,23 @@ async def show_model(request: Request) -> Response:
 
 
 async def tokenize(request: Request) -> Response:
-    wanted, _ = parse(TokenizeRequest, await request.body())
+    wanted, unknown = parse(TokenizeRequest, await request.body())
     llm = _service(request).find(wanted.model)
     # In a thread, for a long text takes long; and one at a time, for it takes a hundred times its size in memory.
     async with request.app.state.one_text:
         ids = await asyncio.to_thread(_encode, llm, wanted)
     written = [llm.tokenizer.id_to_token(token_id) for token_id in ids] if wanted.return_token_strs else None
-    return JSONResponse(
-        {"count": len(ids), "max_model_len": llm.info.max_model_len, "tokens": list(ids), "token_strs": written}
-    )
+    body = {"count": len(ids), "max_model_len": llm.info.max_model_len, "tokens": list(ids), "token_strs": written}
+    return JSONResponse(body, headers=name_unknown_fields(unknown))
 
 
 async def detokenize(request: Request) -> Response:
-    wanted, _ = parse(DetokenizeRequest, await request.body())
+    wanted, unknown = parse(DetokenizeRequest, await request.body())
     llm = _service(request).find(wanted.model)
     llm.check_vocabulary(wanted.tokens, param="tokens")
     decode = llm.tokenizer.decode
     text = await asyncio.to_thread(decode, wanted.tokens, skip_special_tokens=wanted.skip_special_tokens)
-    return JSONResponse({"prompt": text})
+    return JSONResponse({"prompt": text}, headers=name_unknown_fields(unknown))
 
 
 async def tokenizer_info(request: Request) -> Response:
@@ -90,7 +90,7 @@ async def tokenizer_info(request: Request) -> Response:
 
 def _encode(llm: LLM, wanted: TokenizeRequest) -> Sequence[int]:
     if wanted.prompt is not None:
-        return llm.tokenizer.encode(wanted.prompt, add_special_tokens=wanted.add_special_tokens)
+        return llm.tokenizer.encode(wanted.prompt, add_special_tokens=wanted.add_special_tokens is not False)
     prompt = render_messages(
         llm,
         wanted.messages,

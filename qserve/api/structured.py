@@ -61,6 +61,8 @@ class ResponseFormat(Wire):
         missing = next((name for name in needed if not getattr(self, name)), None)
         if missing is not None:
             raise InvalidRequest(f"A response_format of type {self.type} needs {missing}.", param="response_format")
+        others = [name for names in _PARTS.values() for name in names if name not in needed]
+        self.refuse(*others, because=f"in a format of type {self.type}", param="response_format.")
         return self
 
     def source(self, *, special_ids: Mapping[str, int]) -> GrammarSource | None:
@@ -96,6 +98,12 @@ class StructuredOutputs(Wire):
                 f"look like; there is {found}.",
                 param=prefix.rstrip("._"),
             )
+        if self.wanted is None and not self.json_object:
+            self.refuse(
+                "disable_any_whitespace", "whitespace_pattern", because="where no JSON is asked for", param=prefix
+            )
+        if self.disable_any_whitespace:
+            self.refuse("whitespace_pattern", because="beside disable_any_whitespace", param=prefix)
         return sources[0]
 
     def _sources(self, prefix: str, special_ids: Mapping[str, int]) -> Iterator[GrammarSource]:

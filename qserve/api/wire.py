@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from qserve.api.not_served import Neutral
+from qserve.errors import InvalidRequest
 
 
 class Wire(BaseModel):
@@ -13,6 +14,17 @@ class Wire(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
     not_served: ClassVar[Mapping[str, Neutral]] = {}
+
+    def refuse(self, *names: str, because: str, param: str = "") -> None:
+        """Raises for the first of these fields that asks for something, for it would be without effect.
+
+        `param` is where this object stands in the request, with a point behind.
+        """
+        fields = type(self).model_fields
+        given = next((name for name in names if getattr(self, name) != fields[name].get_default()), None)
+        if given is not None:
+            given = param + (fields[given].alias or given)
+            raise InvalidRequest(f"{given} would have no effect {because}; leave it out.", param=given)
 
     @model_validator(mode="before")
     @classmethod

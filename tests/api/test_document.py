@@ -13,7 +13,7 @@ from qserve.api.document import document
 from qserve.api.endpoints import ENDPOINTS
 from qserve.api.messages.request import MessageRequest
 from qserve.api.openapi import request_schemas
-from qserve.api.protocol import ChatRequest, parse
+from qserve.api.protocol import ChatRequest, TokenizeRequest, parse
 from qserve.api.responses.request import ResponseRequest
 from qserve.api.service import Service
 from qserve.api.wire import Wire
@@ -144,3 +144,33 @@ def test_unknown_fields_are_found_wherever_they_stand(
 def test_a_refusal_tells_what_to_do_instead(body: type[Wire], fields: dict[str, Any], advice: str) -> None:
     with pytest.raises(InvalidRequest, match=advice):
         parse(body, json.dumps({**MINIMAL[body.__name__], **fields}).encode())
+
+
+@pytest.mark.parametrize(
+    ("body", "fields", "param"),
+    [
+        (
+            ChatRequest,
+            {"response_format": {"type": "text", "json_schema": {"schema": {}}}},
+            "response_format.json_schema",
+        ),
+        (
+            ChatRequest,
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+        ),
+        (MessageRequest, {"tool_choice": {"type": "any", "name": "f"}}, "tool_choice.name"),
+        (ResponseRequest, {"tool_choice": {"type": "auto", "name": "f"}}, "tool_choice.name"),
+        (ResponseRequest, {"tool_choice": {"type": "function", "name": "f", "mode": "auto"}}, "tool_choice.mode"),
+        (TokenizeRequest, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        (
+            TokenizeRequest,
+            {"prompt": None, "messages": [{"role": "user"}], "add_special_tokens": True},
+            "add_special_tokens",
+        ),
+    ],
+)
+def test_nothing_is_taken_that_would_have_no_effect(body: type[Wire], fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest, match="no effect") as refused:
+        parse(body, json.dumps({**MINIMAL[body.__name__], **fields}).encode())
+    assert refused.value.param == param

@@ -254,6 +254,17 @@ def test_a_stop_string_still_ends_the_text(client: httpx.Client) -> None:
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "choice"),
         ({"guided_json": {"type": "thing"}}, "guided_json", "thing"),
         ({"guided_whitespace_pattern": " "}, "guided", "none"),
+        ({"guided_choice": ["a"], "guided_whitespace_pattern": " "}, "guided_whitespace_pattern", "no effect"),
+        (
+            {"structured_outputs": {"regex": "a", **TIGHT}},
+            "structured_outputs.disable_any_whitespace",
+            "where no JSON is asked for",
+        ),
+        (
+            {"structured_outputs": {"json_object": True, **TIGHT, "whitespace_pattern": " "}},
+            "structured_outputs.whitespace_pattern",
+            "beside disable_any_whitespace",
+        ),
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex", "both"),
         ({"allowed_token_ids": [10**6]}, "allowed_token_ids", "vocabulary"),
         ({"allowed_token_ids": []}, "allowed_token_ids", "at least 1"),

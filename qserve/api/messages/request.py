@@ -124,6 +124,8 @@ class MessageToolChoice(Wire):
     def _check_name(self) -> Self:
         if self.type == "tool" and self.name is None:
             raise InvalidRequest("A tool_choice of type tool needs name.", param="tool_choice.name")
+        if self.type != "tool":
+            self.refuse("name", because=f"in a tool_choice of type {self.type}", param="tool_choice.")
         return self
 
     def for_chat(self) -> Any:

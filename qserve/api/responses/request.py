@@ -120,6 +120,8 @@ class ToolChoice(Wire):
             raise InvalidRequest("A tool_choice of type function needs name.", param="tool_choice.name")
         if self.type == "allowed_tools" and (self.mode is None or not self.tools):
             raise InvalidRequest("A tool_choice of type allowed_tools needs mode and tools.", param="tool_choice")
+        others = {"function": ("mode", "tools"), "allowed_tools": ("name",)}.get(self.type, ("name", "mode", "tools"))
+        self.refuse(*others, because=f"in a tool_choice of type {self.type}", param="tool_choice.")
         return self
 
     def for_chat(self) -> Any:

@@ -84,15 +84,8 @@ class Decoder:
             ops.rotate_and_store(qkv, layer.attention, layer.rotary, batch, kept)
             mixed = ops.attend(qkv, layer.attention, batch, kept)
             x = ops.linear_add(mixed, layer.out, x, post_norm=layer.attention_post_norm, multiplier=multiplier)
-            gate_up = ops.norm_linear(x, layer.feed_forward_norm, layer.gate_up)
-            x = ops.gated_linear_add(
-                gate_up,
-                layer.down,
-                x,
-                activation=spec.activation,
-                post_norm=layer.feed_forward_post_norm,
-                multiplier=multiplier,
-            )
+            gated = ops.gated_linear(x, layer.feed_forward_norm, layer.gate_up, activation=spec.activation)
+            x = ops.linear_add(gated, layer.down, x, post_norm=layer.feed_forward_post_norm, multiplier=multiplier)
         return x
 
     def finish(self, hidden: Tensor) -> Tensor:
@@ -164,16 +157,18 @@ class _Loader:
             out=self._linear(f"{start}self_attn.", ("o_proj",), [hidden], query_size),
             attention_post_norm=self._optional_norm(start, family.attention_post_norm),
             feed_forward_norm=self._optional_norm(start, family.feed_forward_norm),
-            gate_up=self._linear(f"{start}mlp.", family.gate_up, gate_up_sizes, hidden),
+            gate_up=self._linear(f"{start}mlp.", family.gate_up, gate_up_sizes, hidden, is_gated=True),
             down=self._linear(f"{start}mlp.", ("down_proj",), [hidden], inner),
             feed_forward_post_norm=self._optional_norm(start, family.feed_forward_post_norm),
         )
 
-    def _linear(self, start: str, names: Sequence[str], sizes: Sequence[int], in_features: int) -> Linear:
+    def _linear(
+        self, start: str, names: Sequence[str], sizes: Sequence[int], in_features: int, *, is_gated: bool = False
+    ) -> Linear:
         rows = list(zip(names, sizes, strict=True))
         weights = [self._weights.weight(f"{start}{name}.weight", (size, in_features)) for name, size in rows]
         biases = [self._bias(start, name, size) for name, size in rows]
-        return self._ops.pack(weights, biases=biases)
+        return self._ops.pack(weights, biases=biases, is_gated=is_gated)
 
     def _bias(self, start: str, name: str, size: int) -> Tensor | None:
         if name not in self._spec.biased:

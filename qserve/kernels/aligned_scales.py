@@ -17,6 +17,8 @@ _MOST = 4079  # times a code of -8 it is two signed digits of 8 bits
 _MOST_SHIFTED = 2039  # the same for a code less its zero point: up to 15 either way
 _LONGEST_GROUP = 512  # inputs whose products with codes and one multiple stay below 2^31
 _DYNAMIC = (ActivationQuantization.INT8_ASYMMETRIC, ActivationQuantization.INT8_SYMMETRIC)
+_STEP = 64  # inputs: what the kernel for many rows multiplies at once
+_LARGEST_INPUT = 255  # of an int8 code less its zero point
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,10 +44,20 @@ def align_scales(weight: QuantizedWeight) -> AlignedScales | None:
     return AlignedScales(multiples=multiples, units=units.to(torch.float32))
 
 
+def is_narrow(weight: QuantizedWeight, multiples: Tensor) -> bool:
+    """Whether no channel's sum can leave 32 bits, whatever the inputs."""
+    codes = weight.codes.to(torch.int32).view(*multiples.shape, -1)
+    if weight.zero_points is not None:
+        codes = codes - weight.zero_points.to(torch.int32).unsqueeze(-1)
+    largest = (multiples.to(torch.int64).abs() * codes.abs().sum(dim=2)).sum(dim=1).max()
+    return int(largest) * _LARGEST_INPUT < 2**31
+
+
 def _is_alignable(weight: QuantizedWeight) -> bool:
     is_int4 = weight.codes.dtype == torch.int8 and weight.code_bits <= 4 and _fits(weight.zero_points)
     is_short = weight.num_groups > 1 and weight.group_size <= _LONGEST_GROUP
-    return is_int4 and is_short and weight.offsets is None and weight.activation in _DYNAMIC
+    is_whole = weight.num_groups * -(-weight.group_size // 16) * 16 % _STEP == 0
+    return is_int4 and is_short and is_whole and weight.offsets is None and weight.activation in _DYNAMIC
 
 
 def _fits(zero_points: Tensor | None) -> bool:

@@ -51,6 +51,30 @@ def join_biases(weights: Sequence[Weight], biases: Sequence[Tensor | None]) -> T
     )
 
 
+def select_rows(weight: Weight, rows: Tensor) -> Weight:
+    """The weight of these outputs alone, in this order."""
+    if isinstance(weight, Tensor):
+        return _take(weight, rows)
+    return replace(
+        weight,
+        codes=_take(weight.codes, rows),
+        scales=_take(weight.scales, rows),
+        zero_points=None if weight.zero_points is None else _take(weight.zero_points, rows),
+        offsets=None if weight.offsets is None else _take(weight.offsets, rows),
+    )
+
+
+def look_up(table: Weight, rows: Tensor) -> Tensor:
+    """Rows of a table as plain numbers: (rows, features)."""
+    chosen = select_rows(table, rows)
+    return chosen if isinstance(chosen, Tensor) else chosen.dequantize()
+
+
+def _take(tensor: Tensor, rows: Tensor) -> Tensor:
+    """tensor[rows]; torch picks no rows of float8 numbers, but of their bytes."""
+    return tensor.view(torch.uint8)[rows].view(tensor.dtype) if tensor.element_size() == 1 else tensor[rows]
+
+
 def _can_join(a: Weight, b: Weight) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype

@@ -17,11 +17,11 @@ from torch import Tensor
 from qserve.errors import UnsupportedWeight
 from qserve.kernels.arena import Arena
 from qserve.kernels.build import Progress, Variant, choose_variant, count_cores, load_library
-from qserve.kernels.linear import Linear, join_biases, join_weights
+from qserve.kernels.linear import Linear, join_biases, join_weights, look_up, select_rows
 from qserve.kernels.ops import Activation, AttentionSpec, Batch, CacheLayer, Norm, NormKind, Rotary
-from qserve.kernels.packing import KERNEL_ACTIVATIONS, PackedWeight, pack_weight
+from qserve.kernels.packing import KERNEL_ACTIVATIONS, LANES, PackedWeight, pack_weight
 from qserve.kernels.recorder import MAX_TOKENS, Recorder
-from qserve.kernels.reference import ACTIVATIONS, normalize, select_rows
+from qserve.kernels.reference import normalize
 from qserve.kernels.reference_activations import ROUND_TRIPS
 from qserve.kernels.stages import (
     FLOAT_TYPES,
@@ -38,8 +38,7 @@ from qserve.kernels.stages import (
 )
 from qserve.quant.weight import QuantizedWeight, Weight
 
-_GATES = {Activation.SILU: 0, Activation.GELU: 1, Activation.GELU_TANH: 2, Activation.RELU: 3}
-_GATED = 1  # of stage.h's Preparation
+_GATES = {Activation.SILU: 1, Activation.GELU: 2, Activation.GELU_TANH: 3, Activation.RELU: 4}  # 0: none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +89,10 @@ class NativeOps:
         """End the threads."""
         self._runner.close()
 
-    def pack(self, weights: Sequence[Weight], *, biases: Sequence[Tensor | None]) -> NativeLinear:
-        return pack_linear(weights, biases=biases, variant=self._variant, arena=self._arena)
+    def pack(
+        self, weights: Sequence[Weight], *, biases: Sequence[Tensor | None], is_gated: bool = False
+    ) -> NativeLinear:
+        return pack_linear(weights, biases=biases, is_gated=is_gated, variant=self._variant, arena=self._arena)
 
     def run_step(self, forward: Callable[[], Tensor], batch: Batch, cache: object) -> Tensor:
         """forward(), recorded the first time for so many tokens, replayed in one call whenever there are as many."""
@@ -101,7 +102,7 @@ class NativeOps:
     def embed(self, token_ids: Tensor, table: Weight, *, scale: float) -> Tensor:
         if isinstance(table, QuantizedWeight):
             self._recorder.give_up()
-            rows = select_rows(table, token_ids).dequantize().to(torch.float32)
+            rows = look_up(table, token_ids).to(torch.float32)
             return rows if scale == 1.0 else rows * scale
         is_batch = self._batch is not None and token_ids is self._batch.token_ids
         stage = StageStruct(
@@ -116,6 +117,11 @@ class NativeOps:
 
     def norm_linear(self, x: Tensor, norm: Norm | None, linear: Linear) -> Tensor:
         return self._run(self._linear_stage(x, linear, norm=norm), rows=x.shape[0], width=linear.out_features)
+
+    def gated_linear(self, x: Tensor, norm: Norm | None, linear: Linear, *, activation: Activation) -> Tensor:
+        stage = self._linear_stage(x, linear, norm=norm)
+        stage.gate = _GATES[activation]
+        return self._run(stage, rows=x.shape[0], width=linear.out_features // 2)
 
     def rotate_and_store(
         self, qkv: Tensor, attention: AttentionSpec, rotary: Rotary | None, batch: Batch, cache: CacheLayer
@@ -132,19 +138,6 @@ class NativeOps:
     ) -> Tensor:
         return self._add(self._linear_stage(x, linear), residual, post_norm, multiplier)
 
-    def gated_linear_add(
-        self,
-        gate_up: Tensor,
-        linear: Linear,
-        residual: Tensor,
-        *,
-        activation: Activation,
-        post_norm: Norm | None = None,
-        multiplier: float = 1.0,
-    ) -> Tensor:
-        stage = self._linear_stage(gate_up, linear, activation=activation)
-        return self._add(stage, residual, post_norm, multiplier)
-
     def head(
         self, x: Tensor, norm: Norm | None, linear: Linear, *, scale: float = 1.0, soft_cap: float | None = None
     ) -> Tensor:
@@ -156,14 +149,12 @@ class NativeOps:
         room = self._recorder.reuse(StageKind.LINEAR, rows=rows, width=width) if rows <= MAX_TOKENS else None
         return self._run(stage, rows=rows, width=width, output=room)
 
-    def _linear_stage(
-        self, x: Tensor, linear: Linear, *, norm: Norm | None = None, activation: Activation | None = None
-    ) -> StageStruct:
+    def _linear_stage(self, x: Tensor, linear: Linear, *, norm: Norm | None = None) -> StageStruct:
         assert isinstance(linear, NativeLinear), type(linear)
         if linear.round_input is not None:
             self._recorder.give_up()
-            x = self._rounded = linear.round_input(_plain_input(x, norm, activation)).contiguous()
-            norm = activation = None
+            x = self._rounded = linear.round_input(normalize(x, norm)).contiguous()
+            norm = None
         assert x.stride(1) == 1, x.stride()
         assert x.dtype == torch.float32, x.dtype
         stage = StageStruct(
@@ -173,9 +164,6 @@ class NativeOps:
             linear=pointer(linear.struct),
             scale=1.0,
         )
-        if activation is not None:
-            stage.preparation = _GATED
-            stage.gate = _GATES[activation]
         self._set_norm(stage, "norm", norm)
         return stage
 
@@ -277,10 +265,15 @@ def open_native(
 
 
 def pack_linear(
-    weights: Sequence[Weight], *, biases: Sequence[Tensor | None], variant: Variant, arena: Arena
+    weights: Sequence[Weight], *, biases: Sequence[Tensor | None], is_gated: bool, variant: Variant, arena: Arena
 ) -> NativeLinear:
     bias = join_biases(weights, biases)
     joined = join_weights(weights)
+    is_paired = is_gated and len(joined) == 1 and joined[0].shape[0] % (2 * LANES) == 0
+    if is_paired:
+        order = torch.arange(joined[0].shape[0]).view(2, -1, LANES).transpose(0, 1).flatten()
+        joined = [select_rows(joined[0], order)]
+        bias = None if bias is None else bias[order]
     round_input = _choose_rounding(joined)
     packed = tuple(pack_weight(weight, is_rounded=round_input is not None).placed(arena.place) for weight in joined)
     columns = accumulate((weight.out_features for weight in packed), initial=0)
@@ -291,6 +284,7 @@ def pack_linear(
         num_weights=len(structs),
         in_features=packed[0].in_features,
         out_features=sum(weight.out_features for weight in packed),
+        is_paired=is_paired,
     )
     kernel = "+".join(dict.fromkeys(f"{variant.name}-{weight.name}" for weight in packed))
     return NativeLinear(weights=packed, bias=bias, struct=struct, kernel=kernel, round_input=round_input)
@@ -309,13 +303,6 @@ def _choose_rounding(weights: Sequence[Weight]) -> Callable[[Tensor], Tensor] | 
         )
     round_trip, pre_scale = ROUND_TRIPS[first.activation], first.pre_scale
     return round_trip if pre_scale is None else lambda x: round_trip(x * pre_scale)
-
-
-def _plain_input(x: Tensor, norm: Norm | None, activation: Activation | None) -> Tensor:
-    if activation is None:
-        return normalize(x, norm)
-    gate, up = x.chunk(2, dim=-1)
-    return ACTIVATIONS[activation](gate) * up
 
 
 def _mirror_norm(norm: Norm) -> NormStruct:

@@ -9,8 +9,8 @@ Between two stages everything is float32, contiguous, (tokens, features). A laye
     rotate_and_store(qkv, attention, rotary, batch, cache)      in place; writes keys and values into the cache
     a = attend(qkv, attention, batch, cache)
     x = linear_add(a, out_linear, x, ...)
-    gate_up = norm_linear(x, post_norm, gate_up_linear)         gate and up side by side
-    x = gated_linear_add(gate_up, down_linear, x, ...)
+    gated = gated_linear(x, post_norm, gate_up_linear, ...)     activation(gate) * up
+    x = linear_add(gated, down_linear, x, ...)
 """
 
 from collections.abc import Callable, Sequence
@@ -129,14 +129,20 @@ class Ops(Protocol):
         result stands only until the next stage of its kind and width, and the step's until the next step.
         """
 
-    def pack(self, weights: Sequence[Weight], *, biases: Sequence[Tensor | None]) -> Linear:
-        """Lay out weights that share one input, their outputs side by side; each weight has its bias or None."""
+    def pack(self, weights: Sequence[Weight], *, biases: Sequence[Tensor | None], is_gated: bool = False) -> Linear:
+        """Lay out weights that share one input, their outputs side by side; each weight has its bias or None.
+
+        What is_gated is for `gated_linear` alone.
+        """
 
     def embed(self, token_ids: Tensor, table: Weight, *, scale: float) -> Tensor:
         """Rows of the table times scale: (tokens, hidden)."""
 
     def norm_linear(self, x: Tensor, norm: Norm | None, linear: Linear) -> Tensor:
         """linear(norm(x)): (tokens, out_features)."""
+
+    def gated_linear(self, x: Tensor, norm: Norm | None, linear: Linear, *, activation: Activation) -> Tensor:
+        """activation(gate) * up, halves of linear(norm(x)), the gate on the left: (tokens, out_features / 2)."""
 
     def rotate_and_store(
         self, qkv: Tensor, attention: AttentionSpec, rotary: Rotary | None, batch: Batch, cache: CacheLayer
@@ -150,18 +156,6 @@ class Ops(Protocol):
         self, x: Tensor, linear: Linear, residual: Tensor, *, post_norm: Norm | None = None, multiplier: float = 1.0
     ) -> Tensor:
         """residual + multiplier * post_norm(linear(x)); the residual is left as it is or reused, never read again."""
-
-    def gated_linear_add(
-        self,
-        gate_up: Tensor,
-        linear: Linear,
-        residual: Tensor,
-        *,
-        activation: Activation,
-        post_norm: Norm | None = None,
-        multiplier: float = 1.0,
-    ) -> Tensor:
-        """residual + multiplier * post_norm(linear(activation(gate) * up)), gate the left half of the columns."""
 
     def head(
         self, x: Tensor, norm: Norm | None, linear: Linear, *, scale: float = 1.0, soft_cap: float | None = None

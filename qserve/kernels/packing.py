@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qserve.kernels.aligned_scales import AlignedScales, align_scales
+from qserve.kernels.aligned_scales import AlignedScales, align_scales, is_narrow
 from qserve.kernels.stages import FLOAT_TYPES, Form, WeightStruct, address
 from qserve.quant.weight import ActivationQuantization, QuantizedWeight, Weight
 
@@ -64,6 +64,7 @@ class PackedWeight:
     group_size: int
     padded_group: int
     code_bias: int = 0
+    is_narrow: bool = False  # with units: sums fit in 32 bits
 
     @property
     def num_groups(self) -> int:
@@ -111,6 +112,7 @@ class PackedWeight:
             groups=self.num_groups,
             code_bias=self.code_bias,
             column=column,
+            is_narrow=self.is_narrow,
         )
 
 
@@ -198,6 +200,7 @@ def _pack_integer(weight: QuantizedWeight) -> PackedWeight:
         group_size=weight.group_size,
         padded_group=padded_group,
         code_bias=code_bias,
+        is_narrow=aligned is not None and is_narrow(weight, aligned.multiples),
     )
 
 

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qserve.kernels.linear import Linear, join_biases, join_weights
+from qserve.kernels.linear import Linear, join_biases, join_weights, look_up
 from qserve.kernels.ops import Activation, AttentionSpec, Batch, CacheLayer, Norm, NormKind, Rotary
 from qserve.kernels.reference_activations import ROUND_TRIPS
 from qserve.kernels.reference_attention import attend_paged, rotate, split_heads, store
-from qserve.quant.weight import ActivationQuantization, QuantizedWeight, Weight
+from qserve.quant.weight import ActivationQuantization, Weight
 
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     Activation.SILU: F.silu,
@@ -81,7 +81,9 @@ class ReferenceOps:
         self._device = device
         self._is_compact = is_compact  # keep weights in their own dtype and widen them at every call: slower, smaller
 
-    def pack(self, weights: Sequence[Weight], *, biases: Sequence[Tensor | None]) -> ReferenceLinear:
+    def pack(
+        self, weights: Sequence[Weight], *, biases: Sequence[Tensor | None], is_gated: bool = False
+    ) -> ReferenceLinear:
         bias = join_biases(weights, biases)
         return ReferenceLinear(
             parts=tuple(self._pack_part(weight) for weight in join_weights(weights)),
@@ -92,12 +94,16 @@ class ReferenceOps:
         return forward()
 
     def embed(self, token_ids: Tensor, table: Weight, *, scale: float) -> Tensor:
-        rows = table[token_ids] if isinstance(table, Tensor) else select_rows(table, token_ids).dequantize()
+        rows = look_up(table, token_ids)
         rows = rows.to(torch.float32)
         return rows if scale == 1.0 else rows * scale
 
     def norm_linear(self, x: Tensor, norm: Norm | None, linear: Linear) -> Tensor:
         return _apply(linear, normalize(x, norm))
+
+    def gated_linear(self, x: Tensor, norm: Norm | None, linear: Linear, *, activation: Activation) -> Tensor:
+        gate, up = self.norm_linear(x, norm, linear).chunk(2, dim=-1)
+        return ACTIVATIONS[activation](gate) * up
 
     def rotate_and_store(
         self, qkv: Tensor, attention: AttentionSpec, rotary: Rotary | None, batch: Batch, cache: CacheLayer
@@ -120,20 +126,6 @@ class ReferenceOps:
     ) -> Tensor:
         y = normalize(_apply(linear, x), post_norm)
         return residual + (y if multiplier == 1.0 else y * multiplier)
-
-    def gated_linear_add(
-        self,
-        gate_up: Tensor,
-        linear: Linear,
-        residual: Tensor,
-        *,
-        activation: Activation,
-        post_norm: Norm | None = None,
-        multiplier: float = 1.0,
-    ) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        x = ACTIVATIONS[activation](gate) * up
-        return self.linear_add(x, linear, residual, post_norm=post_norm, multiplier=multiplier)
 
     def head(
         self, x: Tensor, norm: Norm | None, linear: Linear, *, scale: float = 1.0, soft_cap: float | None = None
@@ -161,17 +153,6 @@ def _values(weight: Weight) -> Tensor:
     if isinstance(weight, Tensor):
         return weight
     return replace(weight, dtype=torch.float32).dequantize()
-
-
-def select_rows(weight: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
-    """The weight of these outputs alone."""
-    return replace(
-        weight,
-        codes=weight.codes[rows],
-        scales=weight.scales[rows],
-        zero_points=None if weight.zero_points is None else weight.zero_points[rows],
-        offsets=None if weight.offsets is None else weight.offsets[rows],
-    )
 
 
 def normalize_heads(heads: Tensor, norm: Norm | None) -> Tensor:

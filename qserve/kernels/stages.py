@@ -56,6 +56,7 @@ class WeightStruct(Structure):
         ("groups", c_int32),
         ("code_bias", c_int32),
         ("column", c_int32),
+        ("is_narrow", c_int32),
     )
 
 
@@ -66,6 +67,7 @@ class LinearStruct(Structure):
         ("num_weights", c_int32),
         ("in_features", c_int32),
         ("out_features", c_int32),
+        ("is_paired", c_int32),
     )
 
 
@@ -136,7 +138,6 @@ class StageStruct(Structure):
         ("output_stride", c_int32),
         ("width", c_int32),
         ("table_type", c_int32),
-        ("preparation", c_int32),
         ("gate", c_int32),
         ("scale", c_float),
         ("soft_cap", c_float),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qserve.kernels.aligned_scales import align_scales
+from qserve.kernels.aligned_scales import align_scales, is_narrow
 from qserve.quant.weight import ActivationQuantization, QuantizedWeight
 
 
@@ -59,8 +59,9 @@ def test_channels_of_zeros_and_negative_scales() -> None:
         {"zero_points": torch.full((4, 6), 9, dtype=torch.int8)},
         {"zero_points": torch.ones(4, 6)},
         {"group_size": 1024},
+        {"group_size": 48},
     ],
-    ids=["int8", "float-inputs", "offsets", "far-zeros", "float-zeros", "long-groups"],
+    ids=["int8", "float-inputs", "offsets", "far-zeros", "float-zeros", "long-groups", "half-steps"],
 )
 def test_weights_that_keep_their_scales(changes: dict[str, Any]) -> None:
     assert align_scales(_weight(torch.ones(4, 6), **changes)) is None
@@ -68,3 +69,14 @@ def test_weights_that_keep_their_scales(changes: dict[str, Any]) -> None:
 
 def test_one_group_keeps_its_scale() -> None:
     assert align_scales(_weight(torch.ones(4, 1))) is None
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_narrow_weights_keep_the_worst_sum_within_32_bits(sign: int) -> None:
+    multiples = torch.full((2, 4), sign * 2000, dtype=torch.int16)
+    code = -8
+    inputs = 2**31 // (2000 * 8 * 255)  # more than these leave 32 bits
+    for count, expected in ((inputs // 4, True), (inputs // 4 + 1, False)):
+        codes = torch.full((2, 4 * count), code, dtype=torch.int8)
+        weight = _weight(torch.ones(2, 4), codes=codes, group_size=count)
+        assert is_narrow(weight, multiples) is expected

@@ -21,15 +21,18 @@ ASYMMETRIC = ActivationQuantization.INT8_ASYMMETRIC
 SYMMETRIC = ActivationQuantization.INT8_SYMMETRIC
 FLOAT8 = ActivationQuantization.FLOAT8
 
-ROWS = (1, 2, 3, 5, 8, 16, 17, 33, 64)
+ROWS = (1, 2, 3, 5, 8, 16, 17, 33, 64, 131)
 REFERENCE = ReferenceOps(device=torch.device("cpu"))
 
 INTEGER_WEIGHTS = {
     "int4-32": make_weight(96, 128, 32, activation=ASYMMETRIC),
     "int4-64-odd-n": make_weight(50, 192, 64, activation=ASYMMETRIC),
-    "int4-32-chunks": make_weight(20, 2144, 32, activation=ASYMMETRIC),
-    "int4-32-symmetric-zeros": make_weight(40, 160, 32, activation=SYMMETRIC, has_zeros=True),
-    "int4-32-rounded-scales": make_weight(40, 160, 32, activation=ASYMMETRIC, scale_dtype=torch.float32),
+    "int4-16": make_weight(40, 128, 16, activation=ASYMMETRIC),
+    "int4-16-zeros": make_weight(40, 192, 16, activation=ASYMMETRIC, has_zeros=True),
+    "int4-32-wide": make_weight(20, 2176, 32, activation=ASYMMETRIC),
+    "int4-32-symmetric-zeros": make_weight(40, 192, 32, activation=SYMMETRIC, has_zeros=True),
+    "int4-32-rounded-scales": make_weight(40, 192, 32, activation=ASYMMETRIC, scale_dtype=torch.float32),
+    "int4-32-half-step": make_weight(40, 160, 32, activation=ASYMMETRIC),
     "int4-128-zeros": make_weight(33, 256, 128, activation=ASYMMETRIC, has_zeros=True),
     "int4-20-tail": make_weight(33, 100, 20, activation=ASYMMETRIC),
     "int4-row-tail": make_weight(17, 72, 72, activation=SYMMETRIC),
@@ -170,30 +173,54 @@ def test_weights_of_different_kinds_side_by_side_with_norm_and_bias(variant: str
     assert relative_error(ops.norm_linear(x, norm, linear), expected) < 1e-4
 
 
+GATED: dict[str, list[Weight]] = {
+    "float": [torch.randn(64, 72), torch.randn(64, 72)],
+    "in-one": [torch.randn(96, 72)],
+    "half-tiles": [torch.randn(40, 72), torch.randn(40, 72)],
+    "unlike": [torch.randn(64, 64), make_weight(64, 64, 32, activation=ASYMMETRIC)],
+    "bf16": [torch.randn(64, 72).to(torch.bfloat16)] * 2,
+    "float8": [make_float(torch.float8_e4m3fn)] * 2,
+    "int8": [make_weight(48, 64, 64, bits=8, activation=ASYMMETRIC)] * 2,
+    "int4": [make_weight(48, 64, 32, activation=ASYMMETRIC)] * 2,
+    "int4-exact": [make_weight(48, 64, 32, has_offsets=True)] * 2,
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gated_linears(variant: str, name: str) -> None:
+    weights = GATED[name]
+    out_features = sum(len(weight.codes if isinstance(weight, QuantizedWeight) else weight) for weight in weights)
+    biases = [torch.randn(out_features // len(weights)) for _ in weights]
+    ops, x = open_variant(variant), make_inputs(70, weights[0].shape[1])
+    norm = Norm(weight=torch.rand(x.shape[1]), eps=1e-6)
+    packed = ops.pack(weights, biases=biases, is_gated=True)
+    plain = REFERENCE.pack(weights, biases=biases, is_gated=True)
+    for rows in (1, 5, 24, 70):
+        expected = REFERENCE.gated_linear(x[:rows], norm, plain, activation=Activation.SILU)
+        found = ops.gated_linear(x[:rows], norm, packed, activation=Activation.SILU)
+        assert relative_error(found, expected) < 1e-3, rows
+
+
 @pytest.mark.parametrize("activation", list(Activation))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_activations_of_gates(variant: str, activation: Activation) -> None:
+    ops, weights, x = open_variant(variant), [torch.randn(32, 72), torch.randn(32, 72)], torch.randn(5, 72)
+    expected = REFERENCE.gated_linear(x, None, REFERENCE.pack(weights, biases=[None, None]), activation=activation)
+    packed = ops.pack(weights, biases=[None, None], is_gated=True)
+    assert relative_error(ops.gated_linear(x, None, packed, activation=activation), expected) < 1e-5
+
+
 @pytest.mark.parametrize("has_post_norm", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gated_linear_add(variant: str, has_post_norm: bool, activation: Activation) -> None:
+def test_what_is_added_to_the_residual(variant: str, has_post_norm: bool) -> None:
     weight = torch.randn(50, 72)
     ops = open_variant(variant)
-    gate_up, residual = torch.randn(5, 144), torch.randn(5, 50)
+    x, residual = torch.randn(5, 72), torch.randn(5, 50)
     post_norm = Norm(weight=torch.rand(50), eps=1e-6) if has_post_norm else None
-    expected = REFERENCE.gated_linear_add(
-        gate_up,
-        REFERENCE.pack([weight], biases=[None]),
-        residual,
-        activation=activation,
-        post_norm=post_norm,
-        multiplier=0.7,
-    )
-    found = ops.gated_linear_add(
-        gate_up,
-        ops.pack([weight], biases=[None]),
-        residual.clone(),
-        activation=activation,
-        post_norm=post_norm,
-        multiplier=0.7,
-    )
+    plain, packed = REFERENCE.pack([weight], biases=[None]), ops.pack([weight], biases=[None])
+    expected = REFERENCE.linear_add(x, plain, residual, post_norm=post_norm, multiplier=0.7)
+    found = ops.linear_add(x, packed, residual.clone(), post_norm=post_norm, multiplier=0.7)
     assert relative_error(found, expected) < 1e-6
 
 

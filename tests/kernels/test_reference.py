@@ -124,12 +124,16 @@ def test_what_is_added_to_the_residual() -> None:
     norm = Norm(weight=torch.rand(5), eps=1e-6)
     weight, bias, residual = torch.randn(5, 4), torch.randn(5), torch.randn(3, 5)
     linear = OPS.pack([weight], biases=[bias])
-    gate_up = torch.randn(3, 8)
-    x = torch.nn.functional.silu(gate_up[:, :4]) * gate_up[:, 4:]
+    x = torch.randn(3, 4)
     expected = residual + 0.5 * normalize(x @ weight.T + bias, norm)
     torch.testing.assert_close(OPS.linear_add(x, linear, residual, post_norm=norm, multiplier=0.5), expected)
-    found = OPS.gated_linear_add(gate_up, linear, residual, activation=Activation.SILU, post_norm=norm, multiplier=0.5)
-    torch.testing.assert_close(found, expected)
+
+
+def test_gates_stand_left_of_what_they_open() -> None:
+    gate, up, x = torch.randn(6, 4), torch.randn(6, 4), torch.randn(3, 4)
+    linear = OPS.pack([gate, up], biases=[None, None], is_gated=True)
+    expected = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+    torch.testing.assert_close(OPS.gated_linear(x, None, linear, activation=Activation.SILU), expected)
 
 
 def test_head_and_embedding() -> None:

@@ -16,9 +16,9 @@ def _weight(
     activation: ActivationQuantization, *, has_zero_points: bool, group_size: int = 16, bits: int = 4
 ) -> QuantizedWeight:
     torch.manual_seed(1)
-    groups = (24, 96 // group_size)
+    groups = (24, 128 // group_size)
     return QuantizedWeight(
-        codes=torch.randint(-8, 8, (24, 96), dtype=torch.int8),
+        codes=torch.randint(-8, 8, (24, 128), dtype=torch.int8),
         scales=(torch.rand(groups) * 0.1).to(torch.bfloat16),
         zero_points=torch.randint(-3, 4, groups, dtype=torch.int8) if has_zero_points else None,
         group_size=group_size,
@@ -62,7 +62,7 @@ def _plain(x: Tensor, weight: QuantizedWeight) -> Tensor:
 def test_the_integer_formula(activation: ActivationQuantization, has_zero_points: bool, bits: int) -> None:
     weight = _weight(activation, has_zero_points=has_zero_points, bits=bits)
     assert (align_scales(weight) is None) == (bits == 8)
-    x = torch.randn(5, 96)
+    x = torch.randn(5, 128)
     y = integer_linear(x, weight)
     assert torch.equal(y, _plain(x, weight))
     assert torch.equal(y[2:3], integer_linear(x[2:3], weight))

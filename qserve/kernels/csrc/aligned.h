@@ -50,20 +50,26 @@ QSERVE_INLINE I32 load_multiples(const Weight& w, int64_t index) {
 }
 
 // From the exact sum over all groups to the result of 16 channels: exact too, up to one rounding to float32 and that of
-// the input's scale.
+// the input's scale. A sum is in whole numbers of 32 bits, modulo 2^32, where the weight is narrow, else in double.
 class AlignedFinish {
  public:
   AlignedFinish(const Weight& w, int tile) : unit_(load<F32>(w.units + tile * kLanes)), fix_{} {
-    if (w.fix != nullptr) fix_ = to_doubles(load<I32>((const int32_t*)w.fix + tile * kLanes));
+    if (w.fix != nullptr) fix_ = load<I32>((const int32_t*)w.fix + tile * kLanes);
+  }
+
+  QSERVE_INLINE F32 operator()(U32 total, float scale, float zero) const {
+    return finish(to_float((I32)(total - (U32)fix_ * (U32)round_to_int(splat(zero)))), scale);
   }
 
   QSERVE_INLINE F32 operator()(Doubles total, float scale, float zero) const {
-    return splat(scale) * (unit_ * to_float(total - fix_ * (double)zero));
+    return finish(to_float(total - to_doubles(fix_) * (double)zero), scale);
   }
 
  private:
+  QSERVE_INLINE F32 finish(F32 total, float scale) const { return splat(scale) * (unit_ * total); }
+
   F32 unit_;
-  Doubles fix_;
+  I32 fix_;
 };
 
 }  // namespace qserve

@@ -1,5 +1,6 @@
 // y = x W^T: the kernels, and where their results go.
 #pragma once
+#include "gate.h"
 #include "lanes.h"
 #include "rows.h"
 #include "stage.h"
@@ -7,7 +8,8 @@
 
 namespace qserve {
 
-// Where a linear's results go, and what is done to each on the way.
+// Where a linear's results go, and what is done to each on the way. With a gate, even tiles of channels are gates and
+// wait at their place until the odd one beside them comes, from the same thread.
 struct Output {
   float* data;  // (rows, stride)
   const float* residual;
@@ -15,17 +17,49 @@ struct Output {
   int64_t stride;
   int64_t column;  // where the weight's channels begin
   int32_t channels;
+  int32_t gate;  // Gate
   float scale;
   float soft_cap;
 
   QSERVE_INLINE void put(int64_t row, int tile, F32 y) const {
+    if (!is_plain()) y = adjust(tile, y);
+    if (gate != kNoGate) return put_gated(row, tile, y);
     const int rest = channels - tile * kLanes;
-    const int64_t at = column + tile * kLanes;
-    if (bias != nullptr) y += load_some(bias + at, rest);
-    if (scale != 1.0f) y *= splat(scale);
-    if (soft_cap != 0.0f) y = tanh_lanes(y / splat(soft_cap)) * splat(soft_cap);
-    if (residual != nullptr) y = load_some(residual + row * stride + at, rest) + y;
-    store_some(data + row * stride + at, y, rest);
+    const int64_t at = row * stride + column + tile * kLanes;
+    if (residual != nullptr) y = load_some(residual + at, rest) + y;
+    store_some(data + at, y, rest);
+  }
+
+  // value(i) for row + i, i below count: what holds for all rows is asked once.
+  template <class Value>
+  QSERVE_INLINE void put_rows(int64_t row, int64_t count, int tile, const Value& value) const {
+    const bool is_whole = channels >= (tile + 1) * kLanes && is_plain();
+    const bool is_gated = gate != kNoGate, is_gate = is_gated && tile % 2 == 0;
+    float* to = data + row * stride + column + (is_gated ? tile / 2 : tile) * kLanes;
+    if (is_whole && residual == nullptr && (!is_gated || is_gate)) {
+      for (int64_t i = 0; i < count; ++i, to += stride) store(to, value(i));
+    } else if (is_whole && is_gated) {
+      for (int64_t i = 0; i < count; ++i, to += stride) store(to, activate(gate, load<F32>(to)) * value(i));
+    } else if (is_whole) {
+      const float* from = residual + (to - data);
+      for (int64_t i = 0; i < count; ++i, to += stride, from += stride) store(to, load<F32>(from) + value(i));
+    } else {
+      for (int64_t i = 0; i < count; ++i) put(row + i, tile, value(i));
+    }
+  }
+
+ private:
+  bool is_plain() const { return bias == nullptr && scale == 1.0f && soft_cap == 0.0f; }
+
+  F32 adjust(int tile, F32 y) const {
+    if (bias != nullptr) y += load_some(bias + column + tile * kLanes, channels - tile * kLanes);
+    y *= splat(scale);
+    return soft_cap == 0.0f ? y : tanh_lanes(y / splat(soft_cap)) * splat(soft_cap);
+  }
+
+  QSERVE_INLINE void put_gated(int64_t row, int tile, F32 y) const {
+    float* to = data + row * stride + tile / 2 * kLanes;
+    store(to, tile % 2 == 0 ? y : activate(gate, load<F32>(to)) * y);
   }
 };
 
@@ -46,13 +80,14 @@ inline Pieces split_rows(int64_t count, int64_t row_bytes, int64_t multiple) {
   return {count, ((count + blocks - 1) / blocks + multiple - 1) / multiple * multiple};
 }
 
-// Tiles for a task: enough bytes that taking one costs little, and enough tasks that no thread waits long for the last.
+// Tiles for a task, in pairs: enough bytes that taking one costs little, and enough tasks that no thread waits long for the last.
 inline Pieces split_tiles(const Weight& w, int64_t tile_bytes, const Team& team) {
   constexpr int64_t kTaskBytes = 64 * 1024, kTasksPerThread = 16;
   const int64_t tiles = w.tiles();
   const int64_t for_bytes = (kTaskBytes + tile_bytes - 1) / tile_bytes;
   const int64_t for_count = (tiles + team.size() * kTasksPerThread - 1) / (team.size() * kTasksPerThread);
-  return {tiles, for_bytes > for_count ? for_bytes : for_count};
+  const int64_t size = for_bytes > for_count ? for_bytes : for_count;
+  return {tiles, size + size % 2};
 }
 
 // Tasks of a kernel that unpacks weights for all the rows it is given: pieces of rows by pieces of tiles, these in pairs.
@@ -64,7 +99,7 @@ struct Blocks {
 // Many rows are shared out by row, all channels each: what a thread writes stays in its own cache, and weights are
 // unpacked once for so many rows, a multiple of `multiple`, that it costs little. Few rows are shared out by channel.
 inline Blocks split_blocks(const Weight& w, int64_t num_rows, int64_t multiple, const Team& team) {
-  constexpr int64_t kFewRows = 32, kManyRows = 128, kTasksPerThread = 8;
+  constexpr int64_t kFewRows = 32, kManyRows = 256, kTasksPerThread = 8;
   const int64_t share = (num_rows + team.size() - 1) / team.size();
   const int64_t tiles = w.tiles() + w.tiles() % 2;
   if (share >= kFewRows) {
@@ -80,8 +115,8 @@ void multiply_float(const Weight& w, const Rows& rows, const Output& output, Tea
 
 // By AMX; false where this build, this weight or so few rows are not for it. Equal bits to multiply_integer.
 bool multiply_integer_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team);
-bool multiply_aligned_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team);
 bool multiply_group_tiles(const Weight& w, const Rows& rows, const Output& output, Scratch& scratch, Team& team);
+void multiply_aligned_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team);
 void multiply_bf16_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team);
 
 void run_linear(const Stage& stage, Scratch& scratch, Team& team);

@@ -4,7 +4,10 @@
 //
 //     w = multiple * (code - zero) = 256 high + low,    sum w x = 256 sum high x + sum low x
 //
-// A task unpacks 16 channels at a time, for all its rows. Everything is exact, so it has the bits of linear_integer.cpp.
+// Everything is exact, so it has the bits of linear_integer.cpp. The products of tiles leave the vector units free, so
+// what these have to do is strewn among them: putting away the last results, and with few rows unpacking the next weights.
+#include <algorithm>
+
 #include "aligned.h"
 #include "linear.h"
 #include "tiles.h"
@@ -15,146 +18,277 @@ namespace qserve {
 
 namespace {
 
-constexpr int kStep = 64;        // inputs of one product of tiles
-constexpr int kBlockRows = 32;   // two tiles
-constexpr int64_t kChunk = 1024; // inputs whose weights stay in the first cache while rows pass
+constexpr int kStep = 64;       // inputs of one product of tiles
+constexpr int kBlockRows = 32;  // two tiles
+constexpr int kDigitBytes = kStep * kLanes;
+constexpr int kStepBytes = 2 * kDigitBytes;
 
 typedef uint16_t Words __attribute__((vector_size(64)));
 
-// One tile of channels: (digit, input / 4, channel, input % 4), the high digits first, padded to whole steps by zeros.
-struct Slab {
-  int8_t* digits;
-  int64_t steps;
+// The bytes of 16-bit numbers, of which `even` and `odd` hold every other one: all high ones at `to`, then the low ones.
+QSERVE_INLINE void store_digits(Words even, Words odd, int8_t* to) {
+  constexpr __mmask64 kEven = 0x5555555555555555, kOdd = ~kEven;
+  const __m512i swap = _mm512_set4_epi32(0x0e0f0c0d, 0x0a0b0809, 0x06070405, 0x02030001);
+  store(to, _mm512_mask_shuffle_epi8((__m512i)odd, kEven, (__m512i)even, swap));
+  store(to + kDigitBytes, _mm512_mask_shuffle_epi8((__m512i)even, kOdd, (__m512i)odd, swap));
+}
 
-  int64_t size() const { return steps * kStep * kLanes; }  // of all high digits, or all low ones
+// How codes of one group of 16 channels, four in each 16 bits, become whole numbers.
+class Shifted {  // where the code of zero differs
+ public:
+  Shifted(const Weight& w, int64_t index) : multiples_(load_words(w, index)) {
+    const U32 zero = w.zeros == nullptr ? (U32)splat(w.code_bias) : widen(load<U8x16>(w.zeros + index * kLanes));
+    constant_ = -(Words)(zero | zero << 16) * multiples_;
+  }
+
+  static QSERVE_INLINE Words load_words(const Weight& w, int64_t index) {  // of each channel, twice
+    const U32 multiples = widen(load<U16x16>((const uint16_t*)w.scales + index * kLanes));
+    return (Words)(multiples | multiples << 16);
+  }
+
+  QSERVE_INLINE void unpack(Words codes, int8_t* to) const {
+    const Words mask = (Words)splat(0x000f000f);
+    store_digits(product(codes & mask), product((codes >> 8) & mask), to);
+    store_digits(product((codes >> 4) & mask), product(codes >> 12), to + 64);
+  }
+
+ private:
+  QSERVE_INLINE Words product(Words codes) const { return codes * multiples_ + constant_; }
+
+  Words multiples_, constant_;
 };
 
-// The products of 4 x 16 codes, of which `even` and `odd` hold every other one in 16 bits each, as two digits.
-QSERVE_INLINE void store_digits(U32 even_codes, U32 odd_codes, Words multiples, Words constant, int8_t* high, int8_t* low) {
-  const Words even = (Words)even_codes * multiples + constant, odd = (Words)odd_codes * multiples + constant;
-  const U32 mask = (U32)splat(0x00ff00ff);
-  store(high, (U32)(even >> 8) | ((U32)odd & ~mask));
-  store(low, (((U32)even & mask) | ((U32)(odd << 8) & ~mask)) ^ 0x80808080u);
-}
+class Symmetric {  // where it is 8: the upper four bits of a number can be its signed code times 2^12
+ public:
+  Symmetric(const Weight& w, int64_t index) : multiples_(Shifted::load_words(w, index) << 3) {}
 
-void unpack(const Weight& w, int tile, const Slab& slab) {
-  constexpr int64_t kAhead = 4096;  // bytes
-  const int units = w.padded_group / 8;
-  const U32 mask = (U32)splat(0x000f000f);
-  int8_t *high = slab.digits, *low = high + slab.size();
-  for (int g = 0; g < w.groups; ++g) {
-    const int64_t index = (int64_t)tile * w.groups + g;
-    const Words multiples = (Words)((U32)load_multiples(w, index * kLanes) * 0x10001u);
-    const U32 zero = w.zeros == nullptr ? (U32)splat(w.code_bias) : widen(load<U8x16>(w.zeros + index * kLanes));
-    const Words half = (Words)splat(128 * 0x10001);  // so that cutting off the low digit rounds
-    const Words constant = half - (Words)(zero * 0x10001u) * multiples;
-    const uint8_t* codes = w.codes + index * units * 64;
-    for (int unit = 0; unit < units; ++unit, codes += 64, high += 128, low += 128) {
-      __builtin_prefetch(codes + kAhead);
-      const U32 pairs = load<U32>(codes);
-      store_digits(pairs & mask, (pairs >> 8) & mask, multiples, constant, high, low);
-      store_digits((pairs >> 4) & mask, (pairs >> 12) & mask, multiples, constant, high + 64, low + 64);
-    }
-  }
-  const int64_t rest = slab.digits + slab.size() - high;
-  memset(high, 0, rest);
-  memset(low, 0, rest);
-}
-
-struct AlignedKernel {
-  const Weight& w;
-  const Rows& rows;
-  const Output& output;
-  const Slab& slab;
-
-  // Steps [begin, end) of 32 rows, added to `sums`, (row tile, digit, 16, 16).
-  void take_chunk(int64_t row, bool has_lower, int64_t begin, int64_t end, int32_t* sums) const {
-    const int8_t* upper = rows.codes + row * rows.stride;
-    const int8_t* lower = upper + 16 * rows.stride;
-    if (begin == 0) {
-      tile_zero<0>();
-      tile_zero<1>();
-      tile_zero<2>();
-      tile_zero<3>();
-    } else {
-      tile_load<0>(sums, 64);
-      tile_load<1>(sums + 256, 64);
-      tile_load<2>(sums + 512, 64);
-      tile_load<3>(sums + 768, 64);
-    }
-    for (int64_t step = begin; step < end; ++step) {
-      const int8_t* digits = slab.digits + step * kStep * kLanes;
-      tile_load<6>(digits, 64);
-      tile_load<4>(upper + step * kStep, rows.stride);
-      tile_dot_int8<0, 4, 6>();
-      tile_load<7>(digits + slab.size(), 64);
-      tile_dot_int8<1, 4, 7>();
-      if (!has_lower) continue;
-      tile_load<5>(lower + step * kStep, rows.stride);
-      tile_dot_int8<2, 5, 6>();
-      tile_dot_int8<3, 5, 7>();
-    }
-    tile_store<0>(sums);
-    tile_store<1>(sums + 256);
-    tile_store<2>(sums + 512);
-    tile_store<3>(sums + 768);
+  QSERVE_INLINE void unpack(Words codes, int8_t* to) const {
+    const Words all = codes ^ (uint16_t)0x8888, mask = (Words)splat((int32_t)0xf000f000);
+    store_digits(product(all << 12), product((all << 4) & mask), to);
+    store_digits(product((all << 8) & mask), product(all & mask), to + 64);
   }
 
-  void put(int64_t first_row, int tile, const int32_t* sums) const {
-    const AlignedFinish finish(w, tile);
-    const Output to = output;
-    const float* scales = rows.scales;
-    const float* zeros = rows.zeros;
-    const int64_t end = rows.count < first_row + kBlockRows ? rows.count : first_row + kBlockRows;
-    for (int64_t row = first_row; row < end; ++row) {
-      const int32_t* high = sums + (row - first_row) / 16 * 512 + (row - first_row) % 16 * kLanes;
-      const Doubles total = to_doubles(load<I32>(high)) * 256.0 + to_doubles(load<I32>(high + 256));
-      to.put(row, tile, finish(total, scales[row], zeros[row]));
-    }
+ private:
+  // What is above 2^15 is all of the product: there is nothing to round.
+  QSERVE_INLINE Words product(Words codes) const {
+    return (Words)_mm512_mulhrs_epi16((__m512i)codes, (__m512i)multiples_);
   }
 
-  void multiply(int tile, int64_t begin, int64_t end, int32_t* sums) const {
-    const int64_t chunks = (slab.steps * kStep + kChunk - 1) / kChunk, size = (slab.steps + chunks - 1) / chunks;
-    for (int64_t step = 0; step < slab.steps; step += size) {
-      const int64_t stop = step + size < slab.steps ? step + size : slab.steps;
-      for (int64_t row = begin; row < end; row += kBlockRows) {
-        int32_t* to = sums + (row - begin) / kBlockRows * 1024;
-        take_chunk(row, end - row > 16, step, stop, to);
-        if (stop == slab.steps) put(row, tile, to);
+  Words multiples_;
+};
+
+// Unpacks half a step of one tile of channels to (digit, input / 4, channel, input % 4), the high digit first. Groups are
+// whole multiples of Inputs.
+template <class Numbers, int Inputs>
+struct Unpack {
+  static QSERVE_INLINE void half(const Weight& w, int64_t tile, int64_t step, int half, int8_t* to) {
+    constexpr int kUnits = 4, kRun = Inputs / 8, kAhead = 4096;  // the last in bytes
+    const uint32_t run = (uint32_t)(step * 2 + half) * (kUnits / kRun), runs_a_group = (uint32_t)w.padded_group / Inputs;
+    const uint8_t* codes = w.codes + ((tile * w.padded_features() / 8) + (step * 2 + half) * kUnits) * 64;
+    to += half * kUnits * 128;
+#pragma GCC unroll 4
+    for (int unit = 0; unit < kUnits; unit += kRun) {
+      const Numbers numbers(w, tile * w.groups + (run + unit / kRun) / runs_a_group);
+#pragma GCC unroll 4
+      for (int i = unit; i < unit + kRun; ++i) {
+        __builtin_prefetch(codes + i * 64 + kAhead);
+        numbers.unpack(load<Words>(codes + i * 64), to + i * 128);
       }
     }
   }
 };
 
-void multiply_block(const Weight& w, const Rows& rows, const Output& output, const Blocks& blocks, int64_t task) {
-  const int64_t block = task / blocks.tiles.count(), piece = task % blocks.tiles.count();
-  const int64_t begin = blocks.rows.begin(block), end = blocks.rows.end(block);
+constexpr int kRowSums = 2 * kLanes;  // of a row: sums of high digits, then those of low ones
+
+// Results of up to 32 rows and 16 channels that wait in `sums`, (row, digit, 16).
+class Results {
+ public:
+  Results(const Weight& w, const Rows& rows, const Output& output) : w_(w), rows_(rows), output_(output) {}
+
+  void set(const int32_t* sums, int64_t tile, int64_t begin, int64_t end) {
+    sums_ = sums, tile_ = (int)tile, row_ = begin, end_ = end;
+  }
+
+  QSERVE_INLINE void put(int64_t most) {
+    if (row_ < end_) w_.is_narrow ? put_rows<true>(most) : put_rows<false>(most);
+  }
+
+ private:
+  template <bool IsNarrow>
+  static QSERVE_INLINE auto total(const int32_t* high) {
+    if constexpr (IsNarrow) return (load<U32>(high) << 8) + load<U32>(high + kLanes);
+    if constexpr (!IsNarrow) return to_doubles(load<I32>(high)) * 256.0 + to_doubles(load<I32>(high + kLanes));
+  }
+
+  // Not inline: its numbers would take the registers of what it stands amidst.
+  template <bool IsNarrow>
+  __attribute__((noinline)) void put_rows(int64_t most) {
+    const int64_t count = std::min(most, end_ - row_);
+    const AlignedFinish finish(w_, tile_);
+    const float *scales = rows_.scales + row_, *zeros = rows_.zeros + row_;
+    const int32_t* sums = sums_;
+    output_.put_rows(row_, count, tile_, [=](int64_t i) {
+      return finish(total<IsNarrow>(sums + i * kRowSums), scales[i], zeros[i]);
+    });
+    row_ += count;
+    sums_ += count * kRowSums;
+  }
+
+  const Weight& w_;
+  const Rows& rows_;
+  const Output& output_;
+  const int32_t* sums_ = nullptr;
+  int tile_ = 0;
+  int64_t row_ = 0, end_ = 0;
+};
+
+void load_sums(const int32_t* sums) {
+  tile_load<0>(sums, 4 * kRowSums);
+  tile_load<1>(sums + kLanes, 4 * kRowSums);
+  tile_load<2>(sums + 16 * kRowSums, 4 * kRowSums);
+  tile_load<3>(sums + 16 * kRowSums + kLanes, 4 * kRowSums);
+}
+
+void store_sums(int32_t* sums) {
+  tile_store<0>(sums, 4 * kRowSums);
+  tile_store<1>(sums + kLanes, 4 * kRowSums);
+  tile_store<2>(sums + 16 * kRowSums, 4 * kRowSums);
+  tile_store<3>(sums + 16 * kRowSums + kLanes, 4 * kRowSums);
+}
+
+void clear_sums() {
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
+}
+
+// Adds one step of the upper 16 rows to the sums in tiles, and of the lower ones, for which the weights stay.
+QSERVE_INLINE void multiply_upper(const int8_t* inputs, int64_t stride, const int8_t* digits) {
+  tile_load<6>(digits, 64);
+  tile_load<4>(inputs, stride);
+  tile_dot_int8<0, 4, 6>();
+  tile_load<7>(digits + kDigitBytes, 64);
+  tile_dot_mixed<1, 4, 7>();
+}
+
+QSERVE_INLINE void multiply_lower(const int8_t* inputs, int64_t stride) {
+  tile_load<5>(inputs + 16 * stride, stride);
+  tile_dot_int8<2, 5, 6>();
+  tile_dot_mixed<3, 5, 7>();
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+int64_t share_out(int64_t count, int64_t among) { return (count + among - 1) / among; }
+
+// Up to 32 rows: unpacking takes longer than the products. A step of weights is unpacked some steps before its turn, into
+// a ring that stays in the first cache.
+template <class Unpack>
+void multiply_few(const Weight& w, const Rows& rows, const Output& output, Range tiles) {
+  constexpr int kAhead = 3, kRing = 4;
   Scratch& scratch = thread_scratch();
   scratch.reset();
-  const int64_t steps = (w.padded_features() + kStep - 1) / kStep;
-  const Slab slab = {scratch.take<int8_t>(steps * 2 * kStep * kLanes), steps};
-  int32_t* sums = scratch.take<int32_t>((end - begin + kBlockRows) / kBlockRows * 1024);
-  const TileScope scope(16);
-  const AlignedKernel kernel = {w, rows, output, slab};
-  for (int64_t tile = blocks.tiles.begin(piece); tile < blocks.tiles.end(piece); ++tile) {
-    unpack(w, (int)tile, slab);
-    kernel.multiply((int)tile, begin, end, sums);
+  int8_t* ring = scratch.take<int8_t>(kRing * kStepBytes);
+  int32_t* sums = scratch.take<int32_t>(kBlockRows * kRowSums);
+  const int64_t steps = w.padded_features() / kStep, some_rows = share_out(kBlockRows, steps);
+  Results results(w, rows, output);
+  int64_t next_tile = tiles.begin, next_step = 0, turn = 0;  // of what is unpacked next; turn: of the ring
+  const auto unpack_half = [&](int half) {
+    if (next_tile < tiles.end) Unpack::half(w, next_tile, next_step, half, ring + (turn % kRing) * kStepBytes);
+  };
+  const auto go_on = [&] {
+    ++turn;
+    if (++next_step == steps) next_step = 0, ++next_tile;
+  };
+  for (int i = 0; i < kAhead; ++i, go_on()) unpack_half(0), unpack_half(1);
+  for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+    clear_sums();
+    for (int64_t step = 0; step < steps; ++step, go_on()) {
+      const int8_t* inputs = rows.codes + step * kStep;
+      multiply_upper(inputs, rows.stride, ring + ((turn - kAhead) % kRing) * kStepBytes);
+      unpack_half(0);
+      if (rows.count > 16) multiply_lower(inputs, rows.stride);
+      unpack_half(1);
+      results.put(some_rows);
+    }
+    store_sums(sums);
+    results.set(sums, tile, 0, rows.count);
   }
+  results.put(kBlockRows);
+}
+
+// More rows: weights are unpacked a slab at a time, for all rows of the task. Slabs stay in the first cache too: where
+// inputs are many, they are cut, and sums of all rows wait for the next slab.
+template <class Unpack>
+void multiply_many(const Weight& w, const Rows& rows, const Output& output, Range block, Range tiles) {
+  constexpr int64_t kMostSteps = 16;
+  const int64_t steps = w.padded_features() / kStep, slabs = share_out(steps, kMostSteps), size = share_out(steps, slabs);
+  Scratch& scratch = thread_scratch();
+  scratch.reset();
+  int8_t* slab = scratch.take<int8_t>(size * kStepBytes);
+  int32_t* all_sums = scratch.take<int32_t>((block.end - block.begin + 2 * kBlockRows) * kRowSums);
+  Results results(w, rows, output);
+  for (int64_t tile = tiles.begin; tile < tiles.end; ++tile)
+    for (int64_t first = 0; first < steps; first += size) {
+      const int64_t count = std::min(size, steps - first), some_rows = share_out(kBlockRows, count);
+      for (int64_t step = 0; step < count; ++step)
+        for (int half = 0; half < 2; ++half) Unpack::half(w, tile, first + step, half, slab + step * kStepBytes);
+      int64_t turn = tile;  // sums that need not wait for another slab have two places in turn
+      for (int64_t row = block.begin; row < block.end; row += kBlockRows, ++turn) {
+        int32_t* sums = all_sums + (slabs > 1 ? row - block.begin : turn % 2 * kBlockRows) * kRowSums;
+        first == 0 ? clear_sums() : load_sums(sums);
+        const int8_t* inputs = rows.codes + row * rows.stride + first * kStep;
+        for (int64_t step = 0; step < count; ++step, inputs += kStep) {
+          multiply_upper(inputs, rows.stride, slab + step * kStepBytes);
+          if (block.end - row > 16) multiply_lower(inputs, rows.stride);
+          results.put(some_rows);
+        }
+        store_sums(sums);
+        if (first + count == steps) results.set(sums, tile, row, std::min(row + kBlockRows, block.end));
+      }
+    }
+  results.put(kBlockRows);
+}
+
+template <class Unpack>
+void multiply_block(const Weight& w, const Rows& rows, const Output& output, const Blocks& blocks, int64_t task) {
+  const int64_t block = task / blocks.tiles.count(), piece = task % blocks.tiles.count();
+  const Range tiles = {blocks.tiles.begin(piece), blocks.tiles.end(piece)};
+  const TileScope scope(16);
+  if (rows.count <= kBlockRows) return multiply_few<Unpack>(w, rows, output, tiles);
+  multiply_many<Unpack>(w, rows, output, {blocks.rows.begin(block), blocks.rows.end(block)}, tiles);
+}
+
+using Multiply = void (*)(const Weight&, const Rows&, const Output&, const Blocks&, int64_t task);
+
+Multiply choose_multiply(const Weight& w) {
+  static constexpr Multiply ways[2][2] = {
+      {multiply_block<Unpack<Shifted, 16>>, multiply_block<Unpack<Shifted, 32>>},
+      {multiply_block<Unpack<Symmetric, 16>>, multiply_block<Unpack<Symmetric, 32>>},
+  };
+  return ways[w.zeros == nullptr && w.code_bias == 8][w.padded_group % 32 == 0];
 }
 
 }  // namespace
 
-bool multiply_aligned_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team) {
-  constexpr int kFewest = 9;  // rows; measured: with fewer the vector kernel is faster
-  if (rows.count < kFewest || !allow_tiles()) return false;
+bool uses_aligned_tiles(const Weight& w, int num_rows) {
+  constexpr int kFewest = 6;  // measured: with fewer the vector kernel is faster
+  return w.units != nullptr && num_rows >= kFewest && allow_tiles();
+}
+
+void multiply_aligned_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team) {
   const Blocks blocks = split_blocks(w, rows.count, 16, team);
-  team.run(blocks.count(), [&](int64_t task) { multiply_block(w, rows, output, blocks, task); });
-  return true;
+  const Multiply multiply = choose_multiply(w);
+  team.run(blocks.count(), [&](int64_t task) { multiply(w, rows, output, blocks, task); });
 }
 
 #else
 
-bool multiply_aligned_tiles(const Weight&, const Rows&, const Output&, Team&) { return false; }
+bool uses_aligned_tiles(const Weight&, int) { return false; }
+void multiply_aligned_tiles(const Weight&, const Rows&, const Output&, Team&) {}
 
 #endif
 

@@ -72,12 +72,12 @@ void multiply_tile(const Weight& w, const Rows& rows, const Output& output, int 
     output.put(first_row + r, tile, finish_row<Planes>(y[r], w, rows, first_row + r, tile));
 }
 
-// The same with aligned scales: sums of so many groups as 32 bits hold, and of those in double.
+// The same with aligned scales: sums of so many groups as 32 bits hold, of a narrow weight all, and of those in double.
 template <int Units, int NumRows>
 void multiply_aligned_tile(const Weight& w, const Rows& rows, const Output& output, int tile, int64_t first_row) {
   constexpr int kMostInputs = 512;  // 128 * 8 * 4079 for each stays below 2^31
   const int units = Units ? Units : w.padded_group / 8;
-  const int most = w.group_size < kMostInputs ? kMostInputs / w.group_size : 1;
+  const int most = w.is_narrow ? w.groups : w.group_size < kMostInputs ? kMostInputs / w.group_size : 1;
   const int8_t* inputs[NumRows];
   for (int r = 0; r < NumRows; ++r) inputs[r] = rows.codes + (first_row + r) * rows.stride;
   Doubles y[NumRows] = {};
@@ -137,7 +137,7 @@ Kernel choose_kernel(const Weight& w) {
 }  // namespace
 
 void multiply_integer(const Weight& w, const Rows& rows, const Output& output, Scratch& scratch, Team& team) {
-  if (w.units != nullptr && multiply_aligned_tiles(w, rows, output, team)) return;
+  if (uses_aligned_tiles(w, rows.count)) return multiply_aligned_tiles(w, rows, output, team);
   if (w.units == nullptr && multiply_group_tiles(w, rows, output, scratch, team)) return;
   if (w.units == nullptr && multiply_integer_tiles(w, rows, output, team)) return;
   const Kernel kernel = choose_kernel(w);

@@ -39,6 +39,7 @@ int32_t start_factor(const Weight& w) { return w.zeros != nullptr ? -1 : -w.code
 // Fills starts, and totals in units of `unit(group)`.
 template <class Unit>
 void sum_groups(const Weight& w, const Row& row, const Unit& unit) {
+  if (row.starts == nullptr) return;
   for (int g = 0; g < w.groups; ++g) {
     float total = 0;
     for (int p = 0; p < w.planes; ++p) {
@@ -197,7 +198,7 @@ Row row_of(const Rows& rows, const Weight& w, int64_t row) {
   const int64_t scales = w.planes == 2 ? w.groups : 1;
   return {(int8_t*)rows.codes + row * rows.planes * rows.stride,
           rows.stride,
-          (int32_t*)rows.starts + row * w.groups * w.planes,
+          rows.starts == nullptr ? nullptr : (int32_t*)rows.starts + row * w.groups * w.planes,
           (float*)rows.scales + row * scales,
           (float*)rows.totals + row * w.groups,
           (float*)rows.zeros + row};
@@ -220,7 +221,7 @@ Rows take_rows(const Weight& w, int count, Scratch& scratch) {
   }
   rows.stride = stride_of(w, 1);
   rows.codes = scratch.take<int8_t>(plane_rows * rows.stride);
-  rows.starts = scratch.take<int32_t>((int64_t)count * w.groups * w.planes);
+  if (!uses_aligned_tiles(w, count)) rows.starts = scratch.take<int32_t>((int64_t)count * w.groups * w.planes);
   rows.scales = scratch.take<float>((int64_t)count * (w.planes == 2 ? w.groups : 1));
   rows.totals = scratch.take<float>((int64_t)(count + 16) * w.groups);
   rows.zeros = scratch.take<float>(count);

@@ -20,7 +20,7 @@ struct Rows {
   int planes;
   int64_t stride;        // numbers from one plane to the next; the planes of a row follow each other
   const int8_t* codes;   // (count, planes, stride)
-  const int32_t* starts; // (count, groups, planes): the plane's sum over the group, times minus the code bias
+  const int32_t* starts; // (count, groups, planes): the plane's sum over the group, times minus the code bias; or null
   const float* scales;   // (count, groups) with two planes, else (count,)
   const float* totals;   // (count, groups): sums of inputs, in the units of the accumulator; for offsets
   const float* zeros;    // (count,)
@@ -30,6 +30,9 @@ struct Rows {
 
 // Whether a float weight is multiplied by AMX in bfloat16, on this build.
 bool uses_bf16_tiles(const Weight& weight);
+
+// Whether so many rows times a weight with aligned scales go through AMX: sums over groups are of no use there.
+bool uses_aligned_tiles(const Weight& weight, int num_rows);
 
 Rows prepare_rows(const Stage& stage, const Weight& weight, Scratch& scratch, Team& team);
 

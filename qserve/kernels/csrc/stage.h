@@ -30,6 +30,7 @@ struct Weight {
   int32_t groups;
   int32_t code_bias;  // the unsigned code of the value zero
   int32_t column;     // of the output, where this weight's channels begin
+  int32_t is_narrow;  // with units: no channel's sum over any inputs leaves 32 bits
 
   int tiles() const { return (out_features + 15) / 16; }
   int padded_features() const { return padded_group * groups; }
@@ -41,6 +42,7 @@ struct Linear {
   int32_t num_weights;
   int32_t in_features;
   int32_t out_features;
+  int32_t is_paired;  // channels of gates and of the others in tiles by turns; else first all of the one, then the other
 };
 
 struct Norm {
@@ -88,8 +90,7 @@ struct Step {
 };
 
 enum StageKind : int32_t { kEmbed = 0, kLinear = 1, kRotate = 2, kAttend = 3, kSelect = 4 };
-enum Preparation : int32_t { kAsIs = 0, kGate = 1 };
-enum GateForm : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
+enum Gate : int32_t { kNoGate = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4 };
 
 struct Stage {
   const void* input;      // float (rows, features); a table for kEmbed
@@ -108,8 +109,7 @@ struct Stage {
   int32_t output_stride;  // the same of the output, and of the residual
   int32_t width;        // columns of the output of kEmbed and kSelect
   int32_t table_type;   // FloatType of kEmbed's table
-  int32_t preparation;  // Preparation
-  int32_t gate;         // GateForm
+  int32_t gate;         // Gate: outputs are gates and what they are multiplied with, and half as many columns remain
   float scale;          // of the linear's output, or of an embedded row
   float soft_cap;       // 0: none
 };

@@ -33,13 +33,19 @@ QSERVE_INLINE void tile_load(const void* from, int64_t stride) {
 }
 
 template <int Tile>
-QSERVE_INLINE void tile_store(void* to) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"((int64_t)64), "i"(Tile) : "memory");
+QSERVE_INLINE void tile_store(void* to, int64_t stride = 64) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(Tile) : "memory");
 }
 
 template <int Sums, int Inputs, int Weights>
 QSERVE_INLINE void tile_dot_int8() {
   asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(Inputs), "i"(Weights));
+}
+
+// Signed inputs times unsigned weights.
+template <int Sums, int Inputs, int Weights>
+QSERVE_INLINE void tile_dot_mixed() {
+  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(Inputs), "i"(Weights));
 }
 
 template <int Sums, int Inputs, int Weights>

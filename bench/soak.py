@@ -6,8 +6,8 @@
 At the end nothing may be held, no answer may have been a 5xx or none at all, and memory must have stayed flat: the
 slope of what is resident is printed, over the minutes and over their second half, and fails above --most-growth MiB a
 minute over all of them. Before them the same load runs for --warm-up minutes, for some memory is taken up to a limit:
-the blocks of the cache as each is first written, the 64 grammars that are kept compiled (one request in fourteen brings
-a new one), buffers for the largest step, pages of libraries as their code is first run, and malloc's own reserves.
+the blocks of the cache as each is first written, the 64 grammars that are kept compiled (the clients begin with more of
+them), buffers for the largest step, pages of libraries as their code is first run, and malloc's own reserves.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
@@ -32,6 +32,7 @@ _WORDS = (
     *("seven", "birds", "look", "for", "bread", "near", "an", "old", "wooden", "bridge"),
 )
 _SAMPLE_SECONDS = 2.0
+_NUM_GRAMMARS = 80  # few of them alike, so that as many are compiled as the server keeps
 _TIMEOUT = 300
 
 Json = dict[str, Any]
@@ -46,18 +47,24 @@ class Soak:
         self.seen: Counter[str] = Counter()
         self.failures: list[str] = []
 
-    async def run(self, *, until: float) -> None:
-        """One client: request after request, each of a kind drawn by weight."""
+    async def run(self, *, num_grammars: int, until: float) -> None:
+        """One client: requests that bring so many grammars, and then one after the other, of a kind drawn by weight."""
+        for _ in range(num_grammars):
+            await self._try(Soak.constrained)
         kinds, weights = zip(*((kind, weight) for kind, weight in _KINDS.items()), strict=True)
         while time.monotonic() < until:
             (kind,) = self._random.choices(kinds, weights)
-            try:
-                status = await asyncio.wait_for(kind(self), _TIMEOUT)
-            except (httpx.HTTPError, TimeoutError) as error:
-                status = type(error).__name__
-            self.seen[f"{kind.__name__} {status}"] += 1
-            if not isinstance(status, int) or status >= 500:
-                self.failures.append(f"{kind.__name__}: {status}")
+            await self._try(kind)
+
+    async def _try(self, kind: "Kind") -> None:
+        status: int | str
+        try:
+            status = await asyncio.wait_for(kind(self), _TIMEOUT)
+        except (httpx.HTTPError, TimeoutError) as error:
+            status = type(error).__name__
+        self.seen[f"{kind.__name__} {status}"] += 1
+        if not isinstance(status, int) or status >= 500:
+            self.failures.append(f"{kind.__name__}: {status}")
 
     def text(self, num_words: int) -> str:
         return " ".join(self._random.choices(_WORDS, k=num_words))
@@ -140,7 +147,8 @@ class Soak:
             yield response
 
 
-_KINDS: dict[Callable[[Soak], Awaitable[int]], int] = {
+Kind = Callable[[Soak], Coroutine[Any, Any, int]]
+_KINDS: dict[Kind, int] = {
     Soak.short: 4,
     Soak.chat: 3,
     Soak.stream: 4,
@@ -170,7 +178,8 @@ async def soak(url: str, *, warm_up: float, minutes: float, num_clients: int, se
 
     async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT, limits=limits) as client:
         running = Soak(client, seed=seed)
-        await asyncio.gather(watch(), *(running.run(until=until) for _ in range(num_clients)))
+        each = -(-_NUM_GRAMMARS // num_clients) if warm_up else 0
+        await asyncio.gather(watch(), *(running.run(num_grammars=each, until=until) for _ in range(num_clients)))
     return running, readings
 
 

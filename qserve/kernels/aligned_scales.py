@@ -18,7 +18,7 @@ _MOST_SHIFTED = 2039  # the same for a code less its zero point: up to 15 either
 _LONGEST_GROUP = 512  # inputs whose products with codes and one multiple stay below 2^31
 _DYNAMIC = (ActivationQuantization.INT8_ASYMMETRIC, ActivationQuantization.INT8_SYMMETRIC)
 _STEP = 64  # inputs: what the kernel for many rows multiplies at once
-_LARGEST_INPUT = 255  # of an int8 code less its zero point
+_LARGEST_INPUT = 128  # of an int8 code, and of a zero point
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +46,12 @@ def align_scales(weight: QuantizedWeight) -> AlignedScales | None:
 
 def is_narrow(weight: QuantizedWeight, multiples: Tensor) -> bool:
     """Whether no channel's sum can leave 32 bits, whatever the inputs."""
-    codes = weight.codes.to(torch.int32).view(*multiples.shape, -1)
+    codes = weight.codes.to(torch.int64).view(*multiples.shape, -1)
     if weight.zero_points is not None:
-        codes = codes - weight.zero_points.to(torch.int32).unsqueeze(-1)
-    largest = (multiples.to(torch.int64).abs() * codes.abs().sum(dim=2)).sum(dim=1).max()
-    return int(largest) * _LARGEST_INPUT < 2**31
+        codes = codes - weight.zero_points.to(torch.int64).unsqueeze(-1)
+    sums = (multiples.abs() * codes.abs().sum(dim=2)).sum(dim=1)  # times codes of inputs
+    fix = (multiples * codes.sum(dim=2)).sum(dim=1).abs()  # times their zero point
+    return int((sums + fix).max()) * _LARGEST_INPUT < 2**31
 
 
 def _is_alignable(weight: QuantizedWeight) -> bool:

@@ -74,9 +74,9 @@ def test_one_group_keeps_its_scale() -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_narrow_weights_keep_the_worst_sum_within_32_bits(sign: int) -> None:
     multiples = torch.full((2, 4), sign * 2000, dtype=torch.int16)
-    code = -8
-    inputs = 2**31 // (2000 * 8 * 255)  # more than these leave 32 bits
-    for count, expected in ((inputs // 4, True), (inputs // 4 + 1, False)):
-        codes = torch.full((2, 4 * count), code, dtype=torch.int8)
-        weight = _weight(torch.ones(2, 4), codes=codes, group_size=count)
-        assert is_narrow(weight, multiples) is expected
+    group_size = 2**31 // (2000 * 8 * 256) // 4  # one more leaves 32 bits
+    for count, expected in ((group_size, True), (group_size + 1, False)):
+        codes = torch.full((2, 4 * count), -8, dtype=torch.int8)
+        assert is_narrow(_weight(torch.ones(2, 4), codes=codes, group_size=count), multiples) is expected
+        codes[:, ::2] *= -1  # channels whose codes make up for each other have only half as far to go
+        assert is_narrow(_weight(torch.ones(2, 4), codes=codes, group_size=count), multiples)

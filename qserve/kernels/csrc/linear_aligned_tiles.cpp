@@ -167,15 +167,15 @@ void clear_sums() {
 QSERVE_INLINE void multiply_upper(const int8_t* inputs, int64_t stride, const int8_t* digits) {
   tile_load<6>(digits, 64);
   tile_load<4>(inputs, stride);
-  tile_dot_int8<0, 4, 6>();
+  tile_dot<false, 0, 4, 6>();
   tile_load<7>(digits + kDigitBytes, 64);
-  tile_dot_mixed<1, 4, 7>();
+  tile_dot<true, 1, 4, 7>();
 }
 
 QSERVE_INLINE void multiply_lower(const int8_t* inputs, int64_t stride) {
   tile_load<5>(inputs + 16 * stride, stride);
-  tile_dot_int8<2, 5, 6>();
-  tile_dot_mixed<3, 5, 7>();
+  tile_dot<false, 2, 5, 6>();
+  tile_dot<true, 3, 5, 7>();
 }
 
 struct Range {

@@ -2,7 +2,8 @@
 //
 //     slab[tile 0..1][input / 4][channel 0..15][input % 4]   int8, zero points already taken away
 //
-// which is AMX's own layout, and then runs over all rows. The planes of a row are rows of AMX like any others:
+// which is AMX's own layout, and then runs over all rows. Codes of 8 bits whose zero is everywhere the same stand so
+// already, but for this zero, and it is taken from the sums. The planes of a row are rows of AMX like any others:
 // 16 rows of one plane, 8 of two or 5 of three make a tile. Group sums are exact, the rest is group.h's, so the results
 // are those of linear_integer.cpp bit for bit.
 #include "group.h"
@@ -14,6 +15,9 @@ namespace qserve {
 #if defined(__AMX_INT8__)
 
 namespace {
+
+// Whether the packed codes are what AMX wants, as unsigned numbers.
+bool is_direct(const Weight& w) { return w.form == kInt8 && w.zeros == nullptr; }
 
 // Codes of one tile of channels, less their zeros.
 void unpack_tile(const Weight& w, int tile, int8_t* slab) {
@@ -38,50 +42,53 @@ void unpack_tile(const Weight& w, int tile, int8_t* slab) {
 }
 
 // sums[2 row tiles][2 channel tiles][16][16] of one group; the lower row tile only where there is one.
+template <bool IsUnsigned>
 QSERVE_INLINE void dot_group(const int8_t* upper, const int8_t* lower, int64_t stride, const int8_t* left,
                              const int8_t* right, int bytes, int depth, int32_t* sums) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
   for (int at = 0; at < bytes; at += 4 * depth) {
-    _tile_loadd(4, upper + at, stride);
-    _tile_loadd(6, left + at * kLanes, 64);
-    _tile_loadd(7, right + at * kLanes, 64);
-    _tile_dpbssd(0, 4, 6);
-    _tile_dpbssd(1, 4, 7);
+    tile_load<4>(upper + at, stride);
+    tile_load<6>(left + at * kLanes, 64);
+    tile_load<7>(right + at * kLanes, 64);
+    tile_dot<IsUnsigned, 0, 4, 6>();
+    tile_dot<IsUnsigned, 1, 4, 7>();
     if (lower == nullptr) continue;
-    _tile_loadd(5, lower + at, stride);
-    _tile_dpbssd(2, 5, 6);
-    _tile_dpbssd(3, 5, 7);
+    tile_load<5>(lower + at, stride);
+    tile_dot<IsUnsigned, 2, 5, 6>();
+    tile_dot<IsUnsigned, 3, 5, 7>();
   }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + 256, 64);
+  tile_store<0>(sums);
+  tile_store<1>(sums + 256);
   if (lower == nullptr) return;
-  _tile_stored(2, sums + 512, 64);
-  _tile_stored(3, sums + 768, 64);
+  tile_store<2>(sums + 512);
+  tile_store<3>(sums + 768);
 }
 
 constexpr int kBatch = 4;  // groups whose sums are stored before any is added: fewer loads and stores of y
 
-// Codes, scales and offsets of two tiles of channels, unpacked; the second tile may be a copy of the first.
+// Codes, scales and offsets of two tiles of channels, ready for use; the second tile may be the first again.
 struct Slab {
-  int8_t* codes;    // (2, padded_features, 16)
-  float* scales;    // (2, groups, 16)
-  float* offsets;   // the same, or null
-  int64_t stride;   // of codes, from one tile to the other
+  const int8_t* codes;  // (2, padded_features, 16)
+  float* scales;        // (2, groups, 16)
+  float* offsets;       // the same, or null
+  int64_t stride;       // of codes, from one tile to the other
 };
 
 Slab unpack(const Weight& w, int tile) {
   Scratch& scratch = thread_scratch();
   scratch.reset();
   const int64_t numbers = (int64_t)w.groups * kLanes;
-  Slab slab = {nullptr, scratch.take<float>(2 * numbers), nullptr, (int64_t)w.padded_features() * kLanes};
-  slab.codes = scratch.take<int8_t>(2 * slab.stride);
+  const int64_t bytes = (int64_t)w.padded_features() * kLanes;
+  int8_t* codes = is_direct(w) ? nullptr : scratch.take<int8_t>(2 * bytes);
+  Slab slab = {codes, scratch.take<float>(2 * numbers), nullptr, bytes};
+  if (is_direct(w)) slab.codes = (const int8_t*)w.codes + tile * bytes, slab.stride = tile + 1 < w.tiles() ? bytes : 0;
   if (w.offsets != nullptr) slab.offsets = scratch.take<float>(2 * numbers);
   for (int t = 0; t < 2; ++t) {
     const int from = tile + t < w.tiles() ? tile + t : tile;
-    unpack_tile(w, from, slab.codes + t * slab.stride);
+    if (!is_direct(w)) unpack_tile(w, from, codes + t * bytes);
     for (int64_t i = 0; i < numbers; i += kLanes) {
       const GroupScales group = load_scales(w, from * numbers + i);
       store(slab.scales + t * numbers + i, group.scale);
@@ -111,7 +118,14 @@ struct TileKernel {
     const int8_t* upper = rows.codes + first_row * Planes * rows.stride + at;
     const int8_t* lower = first_row + kRows < rows.count ? upper + kRows * Planes * rows.stride : nullptr;
     const int8_t* left = slab.codes + at * kLanes;
-    dot_group(upper, lower, rows.stride, left, left + slab.stride, w.padded_group, w.padded_group % 64 == 0 ? 16 : 8, sums);
+    const auto dot = is_direct(w) ? dot_group<true> : dot_group<false>;
+    dot(upper, lower, rows.stride, left, left + slab.stride, w.padded_group, w.padded_group % 64 == 0 ? 16 : 8, sums);
+  }
+
+  // A plane's sum of a group, with codes less their zeros.
+  QSERVE_INLINE I32 plane_sum(const int32_t* sums, int64_t row, int g, int plane) const {
+    const I32 sum = load<I32>(sums + plane * kLanes);
+    return is_direct(w) ? sum + splat(rows.starts[(row * w.groups + g) * Planes + plane]) : sum;
   }
 
   void multiply(int64_t first_row) const {
@@ -144,7 +158,7 @@ struct TileKernel {
         const int64_t row = first_row + r;
         I32 planes[Planes];
         for (int p = 0; p < Planes; ++p)
-          planes[p] = load<I32>(sums + r / kRows * 512 + t * 256 + (r % kRows * Planes + p) * kLanes);
+          planes[p] = plane_sum(sums + r / kRows * 512 + t * 256 + r % kRows * Planes * kLanes, row, 0, p);
         const F32 y = add_group<Planes>(F32{}, planes, scales, input_scale<Planes>(w, rows, row, 0),
                                         HasOffset ? rows.totals[row] : 0.0f);
         to.put(row, tile + t, finish_row<Planes>(y, w, rows, row, tile + t));
@@ -169,7 +183,7 @@ struct TileKernel {
         F32 total = y[r];
         for (int i = 0; i < Count; ++i) {
           I32 planes[Planes];
-          for (int p = 0; p < Planes; ++p) planes[p] = load<I32>(from + i * 1024 + p * kLanes);
+          for (int p = 0; p < Planes; ++p) planes[p] = plane_sum(from + i * 1024, row, g + i, p);
           total = add_group<Planes>(total, planes, scales[i], input_scale<Planes>(w, rows, row, g + i),
                                     HasOffset ? rows.totals[row * w.groups + g + i] : 0.0f);
         }

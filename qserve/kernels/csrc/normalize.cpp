@@ -40,7 +40,7 @@ void normalize_row(const float* x, const Norm& norm, float* to) {
 }
 
 void read_input(const Stage& stage, int64_t row, float* to, int64_t features) {
-  const float* input = (const float*)stage.input + row * stage.input_stride;
+  const float* input = input_row(stage, row);
   if (stage.norm != nullptr) return normalize_row(input, *stage.norm, to);
   memcpy(to, input, features * sizeof(float));
 }

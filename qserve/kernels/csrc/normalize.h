@@ -1,4 +1,4 @@
-// What is done to a row of floats before and after a linear: norms, gates.
+// What is done to a row of floats before and after a linear.
 #pragma once
 #include "lanes.h"
 #include "stage.h"
@@ -8,7 +8,11 @@ namespace qserve {
 // to[i] = normalized(x)[i] * weight[i] + bias[i]; `to` may be x.
 void normalize_row(const float* x, const Norm& norm, float* to);
 
-// Row `row` of a stage's input as the linear wants it: normalized, or gated from a left and a right half.
+inline const float* input_row(const Stage& stage, int64_t row) {
+  return (const float*)stage.input + row * stage.input_stride;
+}
+
+// The same, normalized where the stage has a norm.
 void read_input(const Stage& stage, int64_t row, float* to, int64_t features);
 
 }  // namespace qserve

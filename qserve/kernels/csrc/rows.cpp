@@ -142,13 +142,13 @@ void quantize(const float* x, const Weight& w, const Row& row) {
   return w.planes == 2 ? quantize_groups(x, w, row) : quantize_long(x, w, row);
 }
 
-// x as the sum of two bfloat16 numbers: 16 of its 24 bits.
-void split_halves(const float* x, int64_t features, uint16_t* halves, int64_t stride) {
+// x as the sum of two bfloat16 numbers, 16 of its 24 bits; one is enough for what was float8.
+void split_halves(const float* x, int64_t features, int planes, uint16_t* halves, int64_t stride) {
   for (int64_t i = 0; i < features; i += kLanes) {
     const F32 values = load<F32>(x + i);
     const U32 upper = round_to_bf16(values);
     store(halves + i, upper_halves(upper));
-    store(halves + stride + i, upper_halves(round_to_bf16(values - bits_to_float(upper))));
+    if (planes == 2) store(halves + stride + i, upper_halves(round_to_bf16(values - bits_to_float(upper))));
   }
 }
 
@@ -185,15 +185,6 @@ void gather_row(const Stage& stage, const Weight& w, int64_t row, float* x, floa
     memcpy(x + (int64_t)g * w.padded_group, plain + (int64_t)g * w.group_size, w.group_size * sizeof(float));
 }
 
-void prepare_float_row(float* x, const Weight& w, int64_t row, const Rows& rows) {
-  const int64_t features = w.padded_features();
-  if (w.activation == kFloat8) ((float*)rows.scales)[row] = quantize_float8(x, features);
-  if (rows.halves == nullptr) return;
-  uint16_t* halves = (uint16_t*)rows.halves + row * rows.planes * rows.stride;
-  if (rows.planes == 2) return split_halves(x, features, halves, rows.stride);
-  for (int64_t i = 0; i < features; i += kLanes) store(halves + i, upper_halves((U32)load<F32>(x + i)));
-}
-
 Row row_of(const Rows& rows, const Weight& w, int64_t row) {
   const int64_t scales = w.planes == 2 ? w.groups : 1;
   return {(int8_t*)rows.codes + row * rows.planes * rows.stride,
@@ -228,16 +219,28 @@ Rows take_rows(const Weight& w, int count, Scratch& scratch) {
   return rows;
 }
 
+// Whether the input's own memory can be read in the weight's order.
+bool stands_ready(const Stage& stage, const Weight& w, const Rows& rows) {
+  const bool is_changed = stage.norm != nullptr || w.pre_scale != nullptr || w.activation == kFloat8;
+  return !is_changed && w.padded_group == w.group_size && rows.values == nullptr;
+}
+
 void prepare_row(const Stage& stage, const Weight& w, int64_t row, const Rows& rows) {
-  Scratch& scratch = thread_scratch();
-  scratch.reset();
-  float* unpadded = scratch.take<float>(w.in_features);
-  float* x = scratch.take<float>(w.padded_features());
-  if (rows.values != nullptr) x = (float*)rows.values + row * rows.stride;
-  gather_row(stage, w, row, x, unpadded);
-  if (w.form == kFloat) return prepare_float_row(x, w, row, rows);
-  if (w.activation == kFloat8) round_to_float8(x, w.padded_features());
-  quantize(x, w, row_of(rows, w, row));
+  const int64_t features = w.padded_features();
+  const float* x = input_row(stage, row);
+  if (!stands_ready(stage, w, rows)) {
+    Scratch& scratch = thread_scratch();
+    scratch.reset();
+    float* unpadded = scratch.take<float>(w.in_features);
+    float* room = rows.values != nullptr ? (float*)rows.values + row * rows.stride : scratch.take<float>(features);
+    gather_row(stage, w, row, room, unpadded);
+    if (w.activation == kFloat8 && w.form == kFloat) ((float*)rows.scales)[row] = quantize_float8(room, features);
+    if (w.activation == kFloat8 && w.form != kFloat) round_to_float8(room, features);
+    x = room;
+  }
+  if (w.form != kFloat) quantize(x, w, row_of(rows, w, row));
+  if (rows.halves != nullptr)
+    split_halves(x, features, rows.planes, (uint16_t*)rows.halves + row * rows.planes * rows.stride, rows.stride);
 }
 
 }  // namespace

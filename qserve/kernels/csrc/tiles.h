@@ -37,15 +37,13 @@ QSERVE_INLINE void tile_store(void* to, int64_t stride = 64) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(Tile) : "memory");
 }
 
-template <int Sums, int Inputs, int Weights>
-QSERVE_INLINE void tile_dot_int8() {
-  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(Inputs), "i"(Weights));
-}
-
-// Signed inputs times unsigned weights.
-template <int Sums, int Inputs, int Weights>
-QSERVE_INLINE void tile_dot_mixed() {
-  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(Inputs), "i"(Weights));
+// Signed inputs times signed or unsigned weights.
+template <bool IsUnsigned, int Sums, int Inputs, int Weights>
+QSERVE_INLINE void tile_dot() {
+  if constexpr (IsUnsigned)
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(Inputs), "i"(Weights));
+  else
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(Inputs), "i"(Weights));
 }
 
 template <int Sums, int Inputs, int Weights>

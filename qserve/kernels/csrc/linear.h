@@ -63,14 +63,6 @@ struct Output {
   }
 };
 
-// The range [begin, end) of each task, when `total` things are cut into pieces of `size`.
-struct Pieces {
-  int64_t total, size;
-  int64_t count() const { return (total + size - 1) / size; }
-  int64_t begin(int64_t piece) const { return piece * size; }
-  int64_t end(int64_t piece) const { return begin(piece + 1) < total ? begin(piece + 1) : total; }
-};
-
 // Blocks of rows whose inputs, `row_bytes` each, stay in a core's second cache while all tiles of channels pass by;
 // whole multiples of `multiple` rows, all about as large.
 inline Pieces split_rows(int64_t count, int64_t row_bytes, int64_t multiple) {
@@ -96,16 +88,12 @@ struct Blocks {
   int64_t count() const { return rows.count() * tiles.count(); }
 };
 
-// Many rows are shared out by row, all channels each: what a thread writes stays in its own cache, and weights are
-// unpacked once for so many rows, a multiple of `multiple`, that it costs little. Few rows are shared out by channel.
-inline Blocks split_blocks(const Weight& w, int64_t num_rows, int64_t multiple, const Team& team) {
-  constexpr int64_t kFewRows = 32, kManyRows = 256, kTasksPerThread = 8;
-  const int64_t share = (num_rows + team.size() - 1) / team.size();
+// Many rows are shared out by row, all channels each, so that weights are unpacked once for so many rows that it costs
+// little; few rows by channel.
+inline Blocks split_blocks(const Weight& w, int64_t num_rows, const Team& team) {
+  constexpr int64_t kTasksPerThread = 8;
   const int64_t tiles = w.tiles() + w.tiles() % 2;
-  if (share >= kFewRows) {
-    const int64_t rows = (share + (share + kManyRows - 1) / kManyRows - 1) / ((share + kManyRows - 1) / kManyRows);
-    return {{num_rows, (rows + multiple - 1) / multiple * multiple}, {w.tiles(), tiles}};
-  }
+  if (are_many(num_rows, team)) return {share_rows(num_rows, team), {w.tiles(), tiles}};
   const int64_t size = (tiles + team.size() * kTasksPerThread - 1) / (team.size() * kTasksPerThread);
   return {{num_rows, num_rows}, {w.tiles(), size + size % 2}};
 }

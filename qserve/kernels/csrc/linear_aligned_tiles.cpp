@@ -280,7 +280,7 @@ bool uses_aligned_tiles(const Weight& w, int num_rows) {
 }
 
 void multiply_aligned_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team) {
-  const Blocks blocks = split_blocks(w, rows.count, 16, team);
+  const Blocks blocks = split_blocks(w, rows.count, team);
   const Multiply multiply = choose_multiply(w);
   team.run(blocks.count(), [&](int64_t task) { multiply(w, rows, output, blocks, task); });
 }

@@ -237,7 +237,7 @@ bool multiply_group_tiles(const Weight& w, const Rows& rows, const Output& outpu
       widen_row(w, rows, row, inputs + row * 2 * rows.stride);
   });
   const auto multiply = w.offsets == nullptr ? multiply_block<false> : multiply_block<true>;
-  const Blocks blocks = split_blocks(w, rows.count, 16, team);
+  const Blocks blocks = split_blocks(w, rows.count, team);
   team.run(blocks.count(), [&](int64_t task) { multiply(w, rows, inputs, output, blocks, task); });
   return true;
 }

@@ -107,16 +107,17 @@ struct TileKernel {
   const Output& output;
   const Slab& slab;
   int tile;
+  int64_t end;  // of the task's rows
 
   int count_rows(int64_t first_row) const {
-    return (int)(rows.count - first_row < 2 * kRows ? rows.count - first_row : 2 * kRows);
+    return (int)(end - first_row < 2 * kRows ? end - first_row : 2 * kRows);
   }
 
   // Group `g` of two tiles of rows by two of channels.
   QSERVE_INLINE void dot(int64_t first_row, int g, int32_t* sums) const {
     const int64_t at = (int64_t)g * w.padded_group;
     const int8_t* upper = rows.codes + first_row * Planes * rows.stride + at;
-    const int8_t* lower = first_row + kRows < rows.count ? upper + kRows * Planes * rows.stride : nullptr;
+    const int8_t* lower = first_row + kRows < end ? upper + kRows * Planes * rows.stride : nullptr;
     const int8_t* left = slab.codes + at * kLanes;
     const auto dot = is_direct(w) ? dot_group<true> : dot_group<false>;
     dot(upper, lower, rows.stride, left, left + slab.stride, w.padded_group, w.padded_group % 64 == 0 ? 16 : 8, sums);
@@ -196,7 +197,7 @@ struct TileKernel {
 template <int Planes, bool HasOffset>
 void multiply_piece(const Weight& w, const Rows& rows, const Output& output, int tile, int64_t begin, int64_t end) {
   const Slab slab = unpack(w, tile);
-  const TileKernel<Planes, HasOffset> kernel = {w, rows, output, slab, tile};
+  const TileKernel<Planes, HasOffset> kernel = {w, rows, output, slab, tile, end};
   const TileScope scope(w.padded_group % 64 == 0 ? 16 : 8);
   for (int64_t row = begin; row < end; row += 2 * kernel.kRows) kernel.multiply(row);
 }
@@ -216,7 +217,7 @@ bool multiply_integer_tiles(const Weight& w, const Rows& rows, const Output& out
       {multiply_piece<1, true>, multiply_piece<2, true>, multiply_piece<3, true>},
   };
   const auto kernel = kernels[w.offsets != nullptr][w.planes - 1];
-  const Blocks blocks = split_blocks(w, rows.count, 2 * (16 / w.planes), team);
+  const Blocks blocks = split_blocks(w, rows.count, team);
   team.run(blocks.count(), [&](int64_t task) {
     const int64_t block = task / blocks.tiles.count(), piece = task % blocks.tiles.count();
     for (int64_t tile = blocks.tiles.begin(piece); tile < blocks.tiles.end(piece); tile += 2)

@@ -110,10 +110,12 @@ int64_t first_row(const Stage& stage, int64_t row) {
 
 void run_rotate(const Stage& stage, Team& team) {
   const CacheLayout blocks(*stage.attention, *stage.cache);
-  const int64_t fair = (stage.rows + team.size() - 1) / team.size(), size = fair < kStep ? fair : kStep;
-  team.run((stage.rows + size - 1) / size, [&](int64_t task) {
-    const int64_t end = first_row(stage, (task + 1) * size);
-    for (int64_t row = first_row(stage, task * size); row < end; ++row) rotate_row(stage, blocks, row);
+  const int64_t fair = (stage.rows + team.size() - 1) / team.size();
+  const Pieces few = {stage.rows, fair < kStep ? fair : kStep};
+  const Pieces pieces = are_many(stage.rows, team) ? share_rows(stage.rows, team) : few;
+  team.run(pieces.count(), [&](int64_t piece) {
+    const int64_t end = first_row(stage, pieces.end(piece));
+    for (int64_t row = first_row(stage, pieces.begin(piece)); row < end; ++row) rotate_row(stage, blocks, row);
   });
 }
 

@@ -66,4 +66,22 @@ class Team {
   std::vector<std::thread> workers_;
 };
 
+// The range [begin, end) of each task, when `total` things are cut into pieces of `size`.
+struct Pieces {
+  int64_t total, size;
+  int64_t count() const { return (total + size - 1) / size; }
+  int64_t begin(int64_t piece) const { return piece * size; }
+  int64_t end(int64_t piece) const { return begin(piece + 1) < total ? begin(piece + 1) : total; }
+};
+
+// Rows of a stage that are many are cut alike in stage after stage, whole tiles of AMX each: then a thread mostly finds
+// what it wrote itself, in its own cache.
+inline bool are_many(int64_t num_rows, const Team& team) { return num_rows > 31 * team.size(); }
+
+inline Pieces share_rows(int64_t num_rows, const Team& team) {
+  constexpr int64_t kMost = 256, kMultiple = 16;
+  const int64_t share = (num_rows + team.size() - 1) / team.size(), pieces = (share + kMost - 1) / kMost;
+  return {num_rows, ((share + pieces - 1) / pieces + kMultiple - 1) / kMultiple * kMultiple};
+}
+
 }  // namespace qserve

@@ -189,7 +189,9 @@ def _kernel(weights: Weights, name: str) -> tuple[str, ActivationQuantization]:
         find_compiler()
     except KernelsUnavailable:
         return ReferenceOps(device=torch.device("cpu")).pack([weight], biases=[None]).kernel, activation
-    return pack_linear([weight], biases=[None], variant=choose_variant(), arena=Arena()).kernel, activation
+    return pack_linear(
+        [weight], biases=[None], is_gated=False, variant=choose_variant(), arena=Arena()
+    ).kernel, activation
 
 
 def print_tables(inspection: Inspection, console: Console) -> None:

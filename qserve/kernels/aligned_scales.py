@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qserve.quant.weight import ActivationQuantization, QuantizedWeight
 
-_MOST = 4079  # times a code of -8 it is two signed digits of 8 bits
+_MOST = 4079  # times a code of -8 it fits in 16 bits, two digits of 8
 _MOST_SHIFTED = 2039  # the same for a code less its zero point: up to 15 either way
 _LONGEST_GROUP = 512  # inputs whose products with codes and one multiple stay below 2^31
 _DYNAMIC = (ActivationQuantization.INT8_ASYMMETRIC, ActivationQuantization.INT8_SYMMETRIC)

@@ -76,11 +76,13 @@ struct Pieces {
 
 // Rows of a stage that are many are cut alike in stage after stage, whole tiles of AMX each: then a thread mostly finds
 // what it wrote itself, in its own cache.
-inline bool are_many(int64_t num_rows, const Team& team) { return num_rows > 31 * team.size(); }
+inline int64_t count_share(int64_t num_rows, const Team& team) { return (num_rows + team.size() - 1) / team.size(); }
+
+inline bool are_many(int64_t num_rows, const Team& team) { return count_share(num_rows, team) >= 32; }
 
 inline Pieces share_rows(int64_t num_rows, const Team& team) {
   constexpr int64_t kMost = 256, kMultiple = 16;
-  const int64_t share = (num_rows + team.size() - 1) / team.size(), pieces = (share + kMost - 1) / kMost;
+  const int64_t share = count_share(num_rows, team), pieces = (share + kMost - 1) / kMost;
   return {num_rows, ((share + pieces - 1) / pieces + kMultiple - 1) / kMultiple * kMultiple};
 }
 

@@ -19,9 +19,17 @@ from qserve.engine.scheduler import Scheduler
 from qserve.errors import ContextLengthExceeded, EngineDead, NotReady, QueueFull
 from tests.engine.fake_device import FakeDevice, expected_tokens, make_request
 
-NUM_BLOCKS, BLOCK_SIZE = 256, 4
+NUM_BLOCKS, BLOCK_SIZE = 1024, 4
 PATIENCE = 20.0  # seconds; nothing here waits so long unless it is broken
-ENDLESS = 900  # tokens
+ENDLESS = 4000  # tokens: eight seconds, however late the reader comes that ends them
+
+
+class PacedDevice(FakeDevice):
+    """Takes as long for a step as a small model."""
+
+    def run(self, chunks: list[Chunk]) -> list[Sampled]:
+        time.sleep(0.002)
+        return super().run(chunks)
 
 
 class GatedDevice(FakeDevice):
@@ -59,7 +67,7 @@ class CountingEventLoop(asyncio.SelectorEventLoop):
 def running(device: FakeDevice | None = None, **options: Any) -> Iterator[EngineLoop]:
     config = EngineConfig(block_size=BLOCK_SIZE, **{"max_running": 8, "max_step_tokens": 32, **options})
     scheduler = Scheduler(config, NUM_BLOCKS)
-    loop = EngineLoop(Engine(scheduler, device or FakeDevice(NUM_BLOCKS, BLOCK_SIZE))).start()
+    loop = EngineLoop(Engine(scheduler, device or PacedDevice(NUM_BLOCKS, BLOCK_SIZE))).start()
     try:
         yield loop
     finally:
@@ -195,14 +203,17 @@ def test_blocks_are_free_before_the_next_step() -> None:
 
 def test_abort_by_name_tells_the_reader() -> None:
     async def main() -> None:
-        stream = loop.submit(make_request("a", [1, 2, 3], max_tokens=ENDLESS))
+        stream = loop.submit(make_request("a", [1, 2, 3], max_tokens=4))
+        device.gate.release()
         await anext(stream)
-        loop.abort("a")
+        loop.abort("a")  # while the second step waits at the gate
         loop.abort("nobody")
+        device.gate.release()
         events = [event async for event in stream]
         assert events[-1].finish_reason == FinishReason.ABORT
 
-    with running() as loop:
+    device = GatedDevice()
+    with running(device) as loop:
         asyncio.run(main())
 
 
@@ -312,7 +323,7 @@ def test_drain_gives_up_and_stop_aborts_what_is_left() -> None:
 def test_what_cannot_run_is_refused_at_once() -> None:
     async def main() -> None:
         with pytest.raises(ContextLengthExceeded):
-            loop.submit(make_request("long", [1] * 2000))
+            loop.submit(make_request("long", [1] * (NUM_BLOCKS * BLOCK_SIZE)))
         streams = [loop.submit(make_request(str(index), [1] * 10)) for index in range(3)]
         with pytest.raises(QueueFull, match="3 requests are unfinished"):
             loop.submit(make_request("many", [1]))

@@ -1,6 +1,6 @@
 """The structures of `csrc/stage.h`, field by field, and the library's functions.
 
-Knows no stage's meaning. `check_sizes` finds a mirror that has drifted from its original before it is used.
+Knows no stage's meaning. `check_mirrors` finds a mirror that has drifted from its original before it is used.
 """
 
 import ctypes
@@ -144,7 +144,7 @@ class StageStruct(Structure):
     )
 
 
-# In the order of qserve_size's argument.
+# In the order of qserve_last_member's argument.
 STRUCTURES: tuple[type[Structure], ...] = (
     WeightStruct,
     LinearStruct,
@@ -165,7 +165,7 @@ class Runner:
         library.qserve_close.argtypes = (c_void_p,)
         library.qserve_run.argtypes = (c_void_p, c_void_p, c_int32)
         library.qserve_run.restype = None
-        check_sizes(library)
+        check_mirrors(library)
         self._library = library
         self._run = library.qserve_run
         self._handle: int | None = library.qserve_open(num_threads)
@@ -184,10 +184,10 @@ class Runner:
         self.close()
 
 
-def check_sizes(library: ctypes.CDLL) -> None:
-    library.qserve_size.argtypes = (c_int32,)
-    theirs = [library.qserve_size(index) for index in range(len(STRUCTURES))]
-    ours = [ctypes.sizeof(structure) for structure in STRUCTURES]
+def check_mirrors(library: ctypes.CDLL) -> None:
+    library.qserve_last_member.argtypes = (c_int32,)
+    theirs = [library.qserve_last_member(index) for index in range(len(STRUCTURES))]
+    ours = [getattr(structure, structure._fields_[-1][0]).offset for structure in STRUCTURES]
     assert ours == theirs, (ours, theirs)
 
 

@@ -1,4 +1,5 @@
 // The library's door: a team is opened once, then runs stages, one at a time or a recorded step at once.
+#include <cstddef>
 #include <mutex>
 
 #include "attention.h"
@@ -64,12 +65,14 @@ QSERVE_EXPORT void qserve_close(void* runner) { delete (qserve::Runner*)runner; 
 
 QSERVE_EXPORT int32_t qserve_has_tiles() { return qserve::allow_tiles(); }
 
-// The sizes of the structures, so that a mirror that differs is found before it is used.
-QSERVE_EXPORT int32_t qserve_size(int32_t which) {
-  constexpr size_t sizes[] = {sizeof(qserve::Weight),    sizeof(qserve::Linear), sizeof(qserve::Norm),
-                              sizeof(qserve::Attention), sizeof(qserve::Cache),  sizeof(qserve::Step),
-                              sizeof(qserve::Stage)};
-  return (int32_t)sizes[which];
+// Where the last member of each structure stands, so that a mirror that differs is found before it is used: the size
+// would tell less, for it is rounded up.
+QSERVE_EXPORT int32_t qserve_last_member(int32_t which) {
+  constexpr size_t places[] = {offsetof(qserve::Weight, is_narrow),    offsetof(qserve::Linear, is_paired),
+                               offsetof(qserve::Norm, size),           offsetof(qserve::Attention, soft_cap),
+                               offsetof(qserve::Cache, block_size),    offsetof(qserve::Step, max_blocks),
+                               offsetof(qserve::Stage, soft_cap)};
+  return (int32_t)places[which];
 }
 
 QSERVE_EXPORT void qserve_run(void* handle, const qserve::Stage* stages, int32_t count) {

@@ -104,7 +104,10 @@ def main() -> int:
         percentiles=(90, 99),
         goodput={},
     )
-    rows = run(args.targets.split(","), plan)
+    targets = args.targets.split(",")
+    if unknown := [name for name in targets if name not in (*OURS, *PEERS)]:
+        parser.error(f"no such target: {', '.join(unknown)}; there are {', '.join((*OURS, *PEERS))}")
+    rows = run(targets, plan)
     console = Console(width=130)
     console.print(make_table(rows))
     for row in rows:

@@ -72,7 +72,8 @@ inline Pieces split_rows(int64_t count, int64_t row_bytes, int64_t multiple) {
   return {count, ((count + blocks - 1) / blocks + multiple - 1) / multiple * multiple};
 }
 
-// Tiles for a task, in pairs: enough bytes that taking one costs little, and enough tasks that no thread waits long for the last.
+// Tiles for a task, in pairs: enough bytes that taking one costs little, and enough tasks that no thread waits long for
+// the last.
 inline Pieces split_tiles(const Weight& w, int64_t tile_bytes, const Team& team) {
   constexpr int64_t kTaskBytes = 64 * 1024, kTasksPerThread = 16;
   const int64_t tiles = w.tiles();

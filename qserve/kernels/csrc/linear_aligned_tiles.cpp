@@ -229,16 +229,16 @@ void multiply_many(const Weight& w, const Rows& rows, const Output& output, Rang
   Scratch& scratch = thread_scratch();
   scratch.reset();
   int8_t* slab = scratch.take<int8_t>(size * kStepBytes);
-  int32_t* all_sums = scratch.take<int32_t>((block.end - block.begin + 2 * kBlockRows) * kRowSums);
+  int32_t* all_sums = scratch.take<int32_t>((block.end - block.begin + kBlockRows) * kRowSums);
   Results results(w, rows, output);
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile)
     for (int64_t first = 0; first < steps; first += size) {
       const int64_t count = std::min(size, steps - first), some_rows = share_out(kBlockRows, count);
       for (int64_t step = 0; step < count; ++step)
         for (int half = 0; half < 2; ++half) Unpack::half(w, tile, first + step, half, slab + step * kStepBytes);
-      int64_t turn = tile;  // sums that need not wait for another slab have two places in turn
-      for (int64_t row = block.begin; row < block.end; row += kBlockRows, ++turn) {
-        int32_t* sums = all_sums + (slabs > 1 ? row - block.begin : turn % 2 * kBlockRows) * kRowSums;
+      for (int64_t row = block.begin; row < block.end; row += kBlockRows) {
+        // Sums that need not wait for another slab share a place: the last ones are put away before the next come.
+        int32_t* sums = all_sums + (slabs > 1 ? row - block.begin : 0) * kRowSums;
         first == 0 ? clear_sums() : load_sums(sums);
         const int8_t* inputs = rows.codes + row * rows.stride + first * kStep;
         for (int64_t step = 0; step < count; ++step, inputs += kStep) {

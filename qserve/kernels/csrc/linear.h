@@ -89,14 +89,14 @@ struct Blocks {
   int64_t count() const { return rows.count() * tiles.count(); }
 };
 
-// Many rows are shared out by row, all channels each, so that weights are unpacked once for so many rows that it costs
-// little; few rows by channel.
+// Many rows are shared out by row, so that weights are unpacked once for so many rows that it costs little; few rows by
+// channel. Tasks are so many that threads end together.
 inline Blocks split_blocks(const Weight& w, int64_t num_rows, const Team& team) {
   constexpr int64_t kTasksPerThread = 8;
-  const int64_t tiles = w.tiles() + w.tiles() % 2;
-  if (are_many(num_rows, team)) return {share_rows(num_rows, team), {w.tiles(), tiles}};
-  const int64_t size = (tiles + team.size() * kTasksPerThread - 1) / (team.size() * kTasksPerThread);
-  return {{num_rows, num_rows}, {w.tiles(), size + size % 2}};
+  const Pieces rows = are_many(num_rows, team) ? share_rows(num_rows, team) : Pieces{num_rows, num_rows};
+  const int64_t tasks = team.size() * kTasksPerThread, tiles = w.tiles() + w.tiles() % 2;
+  const int64_t size = (tiles * rows.count() + tasks - 1) / tasks;
+  return {rows, {w.tiles(), size + size % 2}};
 }
 
 void multiply_integer(const Weight& w, const Rows& rows, const Output& output, Scratch& scratch, Team& team);

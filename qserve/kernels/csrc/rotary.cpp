@@ -111,8 +111,7 @@ int64_t first_row(const Stage& stage, int64_t row) {
 void run_rotate(const Stage& stage, Team& team) {
   const CacheLayout blocks(*stage.attention, *stage.cache);
   const int64_t share = count_share(stage.rows, team);
-  const Pieces few = {stage.rows, share < kStep ? share : kStep};
-  const Pieces pieces = are_many(stage.rows, team) ? share_rows(stage.rows, team) : few;
+  const Pieces pieces = {stage.rows, share < kStep ? share : kStep};
   team.run(pieces.count(), [&](int64_t piece) {
     const int64_t end = first_row(stage, pieces.end(piece));
     for (int64_t row = first_row(stage, pieces.begin(piece)); row < end; ++row) rotate_row(stage, blocks, row);

@@ -248,8 +248,7 @@ void prepare_row(const Stage& stage, const Weight& w, int64_t row, const Rows& r
 Rows prepare_rows(const Stage& stage, const Weight& weight, Scratch& scratch, Team& team) {
   const Rows rows = take_rows(weight, stage.rows, scratch);
   // A row takes a fraction of a microsecond: fewer than a handful are not worth waking anybody for.
-  const Pieces few = {stage.rows, stage.rows < 4 ? stage.rows : 2};
-  const Pieces pieces = are_many(stage.rows, team) ? share_rows(stage.rows, team) : few;
+  const Pieces pieces = {stage.rows, are_many(stage.rows, team) ? 16 : stage.rows < 4 ? stage.rows : 2};
   team.run(pieces.count(), [&](int64_t piece) {
     for (int64_t row = pieces.begin(piece); row < pieces.end(piece); ++row) prepare_row(stage, weight, row, rows);
   });

@@ -14,13 +14,14 @@ class Team {
   explicit Team(int num_threads);
   ~Team();
 
-  int size() const { return (int)workers_.size() + 1; }
+  int size() const { return (int)ranges_.size(); }
 
   // Threads spin between begin and end, and sleep soon after end.
   void begin();
   void end();
 
-  // body(task) for every task < num_tasks, in any order, on any thread of the team; returns when all are done.
+  // body(task) for every task < num_tasks, in any order, on any thread of the team; returns when all are done. Every
+  // thread begins with its own equal share of neighbours, the same in every loop of so many tasks.
   template <class Body>
   void run(int64_t num_tasks, const Body& body) {
     if (workers_.empty() || num_tasks <= 1) {
@@ -39,22 +40,33 @@ class Team {
   static constexpr int kFieldBits = 20;
   static constexpr int64_t kMaxTasks = (1 << kFieldBits) - 1;
 
+  // A thread's own tasks of a loop, one after the other: it takes them from the front, and who is done with his from
+  // the back. So threads read the same part of the data in loop after loop, and end together.
+  //     generation : 24 | end : 20 | next : 20
+  // A task is taken by compare-and-swap of the whole word, so a late thread can never take one of the wrong loop; and
+  // while a taken task runs, the loop is not over, so call_ and body_ stand. A thread that the system has taken off
+  // its core holds nothing up unless it was inside a task.
+  struct alignas(64) Range {
+    std::atomic<uint64_t> ticket{0};
+    int64_t take_first();
+    int64_t take_last();
+  };
+
   template <class Body>
   static void call(const void* body, int64_t task) {
     (*(const Body*)body)(task);
   }
 
   void share(int64_t num_tasks, Call call, const void* body);
-  bool work();
-  void serve();
+  void do_task(int64_t task);
+  int64_t work_alone(Range& range);
+  int64_t help_others(int self);
+  bool work(int self);
+  void serve(int self);
   void sleep();
 
-  // One word says which loop it is, how many tasks it has, and the next that nobody has taken:
-  //     generation : 24 | tasks : 20 | next : 20
-  // A task is taken by compare-and-swap of the whole word, so a late thread can never take one of the wrong loop; and
-  // while a taken task runs, the loop is not over, so call_ and body_ stand. A thread that the system has taken off
-  // its core holds nothing up unless it was inside a task.
-  alignas(64) std::atomic<uint64_t> ticket_{0};
+  std::vector<Range> ranges_;
+  uint64_t generation_ = 0;
   alignas(64) std::atomic<int64_t> done_{0};
   alignas(64) std::atomic<Call> call_{nullptr};
   std::atomic<const void*> body_{nullptr};

@@ -20,7 +20,7 @@ from qserve.kernels.build import Progress, Variant, choose_variant, count_cores,
 from qserve.kernels.linear import Linear, join_biases, join_weights, look_up, select_rows
 from qserve.kernels.ops import Activation, AttentionSpec, Batch, CacheLayer, Norm, NormKind, Rotary
 from qserve.kernels.packing import KERNEL_ACTIVATIONS, LANES, PackedWeight, pack_weight
-from qserve.kernels.recorder import MAX_TOKENS, Recorder
+from qserve.kernels.recorder import MAX_LOGITS, Recorder
 from qserve.kernels.reference import normalize
 from qserve.kernels.reference_activations import ROUND_TRIPS
 from qserve.kernels.stages import (
@@ -95,7 +95,7 @@ class NativeOps:
         return pack_linear(weights, biases=biases, is_gated=is_gated, variant=self._variant, arena=self._arena)
 
     def run_step(self, forward: Callable[[], Tensor], batch: Batch, cache: object) -> Tensor:
-        """forward(), recorded the first time for so many tokens, replayed in one call whenever there are as many."""
+        """forward(), recorded the first time and replayed in one call from then on."""
         self._set_batch(batch)
         return self._recorder.run_step(forward, self._runner, num_tokens=len(batch.token_ids), cache=cache)
 
@@ -146,7 +146,7 @@ class NativeOps:
         stage.soft_cap = soft_cap or 0.0
         rows, width = x.shape[0], linear.out_features
         # New memory for every step's logits would cost a tenth of it; many rows are rare, and their memory is large.
-        room = self._recorder.reuse(StageKind.LINEAR, rows=rows, width=width) if rows <= MAX_TOKENS else None
+        room = self._recorder.reuse(StageKind.LINEAR, rows=rows, width=width) if rows <= MAX_LOGITS else None
         return self._run(stage, rows=rows, width=width, output=room)
 
     def _linear_stage(self, x: Tensor, linear: Linear, *, norm: Norm | None = None) -> StageStruct:

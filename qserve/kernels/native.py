@@ -30,6 +30,7 @@ from qserve.kernels.stages import (
     LinearStruct,
     NormStruct,
     Runner,
+    SamplingStruct,
     StageKind,
     StageStruct,
     StepStruct,
@@ -148,6 +149,21 @@ class NativeOps:
         # New memory for every step's logits would cost a tenth of it; many rows are rare, and their memory is large.
         room = self._recorder.reuse(StageKind.LINEAR, rows=rows, width=width) if rows <= MAX_LOGITS else None
         return self._run(stage, rows=rows, width=width, output=room)
+
+    def sample(self, logits: Tensor, temperatures: Tensor, numbers: Tensor) -> Tensor:
+        assert logits.stride(1) == 1, logits.stride()
+        tokens = torch.empty(len(logits), dtype=torch.int64)
+        sampling = SamplingStruct(
+            logits=logits.data_ptr(),
+            temperatures=temperatures.data_ptr(),
+            numbers=numbers.data_ptr(),
+            tokens=tokens.data_ptr(),
+            rows=len(logits),
+            stride=logits.stride(0),
+            vocabulary=logits.shape[1],
+        )
+        self._runner.sample(sampling)
+        return tokens
 
     def _linear_stage(self, x: Tensor, linear: Linear, *, norm: Norm | None = None) -> StageStruct:
         assert isinstance(linear, NativeLinear), type(linear)

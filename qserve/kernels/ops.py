@@ -23,6 +23,8 @@ from torch import Tensor
 from qserve.kernels.linear import Linear
 from qserve.quant.weight import Weight
 
+LEAST_TEMPERATURE = 1e-30  # a lower one is taken for it: logits are divided by it
+
 
 class NormKind(StrEnum):
     """RMS divides by the root of the mean square; LAYER takes the mean away first."""
@@ -161,3 +163,16 @@ class Ops(Protocol):
         self, x: Tensor, norm: Norm | None, linear: Linear, *, scale: float = 1.0, soft_cap: float | None = None
     ) -> Tensor:
         """Logits, scaled and then capped: (rows, vocabulary) float32, until the next call."""
+
+    def sample(self, logits: Tensor, temperatures: Tensor, numbers: Tensor) -> Tensor:
+        """The next token of each row of logits, (rows,) int64.
+
+        Where the temperature is 0, the likeliest, of equals the first. Elsewhere one is drawn: a number in [0, 1) is
+        put through the cumulative distribution of softmax(logits / temperature), in the order of the vocabulary. What
+        is not a number is never chosen.
+
+        Args:
+            logits: (rows, vocabulary) float32.
+            temperatures: (rows,) float32, on the CPU.
+            numbers: (rows,) float64, on the CPU.
+        """

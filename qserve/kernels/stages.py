@@ -4,7 +4,7 @@ Knows no stage's meaning. `check_mirrors` finds a mirror that has drifted from i
 """
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 
 import torch
@@ -144,6 +144,18 @@ class StageStruct(Structure):
     )
 
 
+class SamplingStruct(Structure):
+    _fields_ = (
+        ("logits", c_void_p),
+        ("temperatures", c_void_p),
+        ("numbers", c_void_p),
+        ("tokens", c_void_p),
+        ("rows", c_int64),
+        ("stride", c_int64),
+        ("vocabulary", c_int64),
+    )
+
+
 # In the order of qserve_last_member's argument.
 STRUCTURES: tuple[type[Structure], ...] = (
     WeightStruct,
@@ -153,6 +165,7 @@ STRUCTURES: tuple[type[Structure], ...] = (
     CacheStruct,
     StepStruct,
     StageStruct,
+    SamplingStruct,
 )
 
 
@@ -165,14 +178,20 @@ class Runner:
         library.qserve_close.argtypes = (c_void_p,)
         library.qserve_run.argtypes = (c_void_p, c_void_p, c_int32)
         library.qserve_run.restype = None
+        library.qserve_sample.argtypes = (c_void_p, c_void_p)
+        library.qserve_sample.restype = None
         check_mirrors(library)
         self._library = library
         self._run = library.qserve_run
+        self._sample = library.qserve_sample
         self._handle: int | None = library.qserve_open(num_threads)
         self.num_threads = num_threads
 
     def run(self, stages: ctypes.Array[StageStruct] | StageStruct, count: int) -> None:
         self._run(self._handle, ctypes.addressof(stages), count)
+
+    def sample(self, sampling: SamplingStruct) -> None:
+        self._sample(self._handle, ctypes.addressof(sampling))
 
     def close(self) -> None:
         """End the team's threads; the runner is of no use afterwards."""

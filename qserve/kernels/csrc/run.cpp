@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "rows.h"
+#include "sample.h"
 #include "scratch.h"
 #include "stage.h"
 #include "team.h"
@@ -71,7 +72,7 @@ QSERVE_EXPORT int32_t qserve_last_member(int32_t which) {
   constexpr size_t places[] = {offsetof(qserve::Weight, is_narrow),    offsetof(qserve::Linear, is_paired),
                                offsetof(qserve::Norm, size),           offsetof(qserve::Attention, soft_cap),
                                offsetof(qserve::Cache, block_size),    offsetof(qserve::Step, max_blocks),
-                               offsetof(qserve::Stage, soft_cap)};
+                               offsetof(qserve::Stage, soft_cap),      offsetof(qserve::Sampling, vocabulary)};
   return (int32_t)places[which];
 }
 
@@ -80,6 +81,14 @@ QSERVE_EXPORT void qserve_run(void* handle, const qserve::Stage* stages, int32_t
   const std::lock_guard<std::mutex> lock(runner.mutex);
   runner.team.begin();
   for (int32_t i = 0; i < count; ++i) qserve::run_stage(stages[i], runner);
+  runner.team.end();
+}
+
+QSERVE_EXPORT void qserve_sample(void* handle, const qserve::Sampling* sampling) {
+  auto& runner = *(qserve::Runner*)handle;
+  const std::lock_guard<std::mutex> lock(runner.mutex);
+  runner.team.begin();
+  qserve::sample_rows(*sampling, runner.team);
   runner.team.end();
 }
 

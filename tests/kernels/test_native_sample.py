@@ -1,0 +1,123 @@
+"""Compiled sampling, and its plain twin, against the distribution written out in double precision."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qserve.kernels.ops import Ops
+from qserve.kernels.reference import ReferenceOps
+from tests.kernels.native import VARIANTS, open_variant
+
+SIZES = (1, 7, 16, 255, 256, 257, 5000)
+REFERENCE = ReferenceOps(device=torch.device("cpu"))
+
+
+def open_ops(name: str) -> Ops:
+    return REFERENCE if name == "reference" else open_variant(name)
+
+
+every_kernel = pytest.mark.parametrize("name", [*VARIANTS, "reference"])
+
+
+def make_logits(rows: int, size: int, *, seed: int = 0, spread: float = 4.0) -> Tensor:
+    return torch.randn(rows, size, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def sample(ops: Ops, logits: Tensor, temperature: float, number: float) -> list[int]:
+    rows = len(logits)
+    temperatures, numbers = torch.full((rows,), temperature), torch.full((rows,), number, dtype=torch.float64)
+    return [int(token) for token in ops.sample(logits, temperatures, numbers)]
+
+
+def shares(logits: Tensor, temperature: float) -> Tensor:
+    """Where the share of each token begins and ends, (vocabulary + 1,)."""
+    ends = torch.softmax(logits.double() / temperature, dim=-1).cumsum(dim=-1)
+    return torch.cat([torch.zeros(1, dtype=torch.float64), ends / ends[-1]])
+
+
+@every_kernel
+@pytest.mark.parametrize("size", SIZES)
+def test_without_temperature_it_is_the_likeliest_and_of_equals_the_first(name: str, size: int) -> None:
+    logits = make_logits(5, size).round()
+    assert sample(open_ops(name), logits, 0.0, 0.5) == logits.argmax(dim=-1).tolist()
+
+
+@every_kernel
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 30.0])
+def test_a_number_falls_into_the_share_of_the_token_that_it_draws(name: str, size: int, temperature: float) -> None:
+    logits = make_logits(1, size, seed=size)
+    bounds = shares(logits[0], temperature)
+    for number in torch.linspace(0, 1 - 2**-53, 41, dtype=torch.float64).tolist():
+        (token,) = sample(open_ops(name), logits, temperature, number)
+        assert 0 <= token < size
+        assert bounds[token] - 1e-5 <= number <= bounds[token + 1] + 1e-5
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), size=st.integers(1, 1200), number=st.floats(0, 1, exclude_max=True), data=st.data())
+def test_what_has_no_probability_is_never_drawn(seed: int, size: int, number: float, data: st.DataObject) -> None:
+    possible = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=4)))
+    logits = torch.full((1, size), -math.inf)
+    logits[0, possible] = make_logits(1, len(possible), seed=seed)[0]
+    bounds = shares(logits[0], 1.0)
+    for name in (VARIANTS[0], VARIANTS[-1], "reference"):
+        (token,) = sample(open_ops(name), logits, 1.0, number)
+        assert token in possible
+        assert bounds[token] - 1e-6 <= number <= bounds[token + 1] + 1e-6
+
+
+@every_kernel
+def test_the_ends_of_the_range_draw_the_first_and_the_last_that_can_be_drawn(name: str) -> None:
+    logits = torch.full((1, 1000), -math.inf)
+    logits[0, 300:700] = 0.0
+    assert sample(open_ops(name), logits, 1.0, 0.0) == [300]
+    assert sample(open_ops(name), logits, 1.0, 1 - 2**-53) == [699]
+
+
+@every_kernel
+def test_what_is_not_a_number_is_never_chosen(name: str) -> None:
+    logits = make_logits(1, 600)
+    logits[0, ::2] = math.nan
+    for number in (0.0, 0.1, 0.5, 0.999):
+        assert sample(open_ops(name), logits, 1.0, number)[0] % 2 == 1
+    assert sample(open_ops(name), logits, 0.0, 0.0)[0] % 2 == 1
+    assert sample(open_ops(name), torch.full((1, 40), math.nan), 1.0, 0.5) == [0]
+
+
+@every_kernel
+def test_an_infinite_logit_is_the_choice(name: str) -> None:
+    logits = make_logits(1, 600)
+    logits[0, [411, 500]] = math.inf
+    assert sample(open_ops(name), logits, 1.0, 0.9) == [411]
+
+
+@every_kernel
+@pytest.mark.parametrize("temperature", [1e-38, 1e-6])
+def test_a_tiny_temperature_draws_the_likeliest(name: str, temperature: float) -> None:
+    logits = make_logits(6, 700)
+    assert sample(open_ops(name), logits, temperature, 0.7) == logits.argmax(dim=-1).tolist()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_rows_do_not_feel_each_other_nor_the_threads(name: str) -> None:
+    logits = make_logits(9, 5000)
+    temperatures = torch.tensor([0.0, 0.5, 1.0] * 3)
+    numbers = torch.rand(9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    together = open_variant(name).sample(logits, temperatures, numbers)
+    alone = [
+        int(open_variant(name, 1).sample(logits[i : i + 1], temperatures[i : i + 1], numbers[i : i + 1]))
+        for i in range(len(logits))
+    ]
+    assert together.tolist() == alone
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_rows_may_stand_apart(name: str) -> None:
+    wide = make_logits(4, 800)
+    narrow = wide[:, :500]
+    assert sample(open_variant(name), narrow, 0.0, 0.0) == narrow.argmax(dim=-1).tolist()

@@ -1,17 +1,19 @@
 """What structured output costs: a step whose rows all follow a grammar, over the same step with free rows.
 
-    python -m bench.masks [MODEL] [--rows 16] [--tokens 64] [--repeats 7] [--temperature 0]
+    python -m bench.masks [MODEL] [--rows 16] [--tokens 64] [--repeats 7] [--samplings greedy drawn top_p]
 
 In this process, through the engine's own thread: every repeat generates the same number of tokens free and under each
-grammar, another first each time. No grammar lets its text end before that. Figures are medians of a token's time (of
-all rows together), and of the ratios made repeat by repeat.
+grammar, another first each time, once for each way to sample. No grammar lets its text end before that. Figures are
+medians of a token's time (of all rows together), and of the ratios made repeat by repeat.
 """
 
 import argparse
 import asyncio
 import json
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from statistics import median
 
 from bench.models import get_model
@@ -29,6 +31,8 @@ _PERSON = {
     "additionalProperties": False,
 }
 _PARAM = "grammar"
+_FREE = SamplingParams(max_tokens=0, temperature=1, seed=1)
+_SAMPLINGS = {"greedy": replace(_FREE, temperature=0), "drawn": _FREE, "top_p": replace(_FREE, top_p=0.95)}
 _SOURCES = {
     "json": from_json_schema({"type": "array", "minItems": 1000, "items": {"type": "integer"}}, param=_PARAM),
     "schema": from_json_schema({"type": "array", "minItems": 1000, "items": _PERSON}, param=_PARAM),
@@ -58,16 +62,23 @@ def _step_seconds(generation: Generation) -> float:
     return (outcome.last_token_seconds - outcome.first_token_seconds) / (outcome.num_output_tokens - 1)
 
 
-async def compare(llm: LLM, sampling: SamplingParams, *, num_rows: int, repeats: int) -> dict[str, list[float]]:
-    """The seconds of every repeat, by kind; the first repeat is for warming up."""
+async def compare(
+    llm: LLM, samplings: Mapping[str, SamplingParams], *, num_rows: int, repeats: int
+) -> dict[str, dict[str, list[float]]]:
+    """The seconds of every repeat, by way to sample and grammar; the first repeat is for warming up."""
     grammars: dict[str, Grammar | None] = {"free": None, **{name: llm.compile(each) for name, each in _SOURCES.items()}}
-    found: dict[str, list[float]] = {name: [] for name in grammars}
+    found: dict[str, dict[str, list[float]]] = {way: {name: [] for name in grammars} for way in samplings}
     for number in range(repeats + 1):
         turn = number % len(grammars)
-        for name in [*list(grammars)[turn:], *list(grammars)[:turn]]:
-            seconds = await measure(llm, grammars[name], sampling, num_rows=num_rows, number=number)
-            found[name] += [seconds] if number else []
+        for way, sampling in samplings.items():
+            for name in [*list(grammars)[turn:], *list(grammars)[:turn]]:
+                seconds = await measure(llm, grammars[name], sampling, num_rows=num_rows, number=number)
+                found[way][name] += [seconds] if number else []
     return found
+
+
+def _divide(own: list[float], free: list[float]) -> list[float]:
+    return [one / other for one, other in zip(own, free, strict=True)]
 
 
 def main() -> int:
@@ -76,28 +87,19 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--temperature", type=float, default=0, help="above 0 tokens are drawn (default 0)")
+    parser.add_argument("--samplings", nargs="+", choices=_SAMPLINGS, default=[*_SAMPLINGS], help="by default all")
     arguments = parser.parse_args()
     llm = build_llm(arguments.model or get_model("smollm2", "int8-dynamic-act-int4-weight"))
-    sampling = SamplingParams(max_tokens=arguments.tokens, temperature=arguments.temperature, seed=1)
+    samplings = {way: replace(_SAMPLINGS[way], max_tokens=arguments.tokens) for way in arguments.samplings}
     try:
-        found = asyncio.run(compare(llm, sampling, num_rows=arguments.rows, repeats=arguments.repeats))
+        found = asyncio.run(compare(llm, samplings, num_rows=arguments.rows, repeats=arguments.repeats))
     finally:
         llm.close()
-    ratios = {name: [own / free for own, free in zip(found[name], found["free"], strict=True)] for name in found}
-    for name in found:
-        print(f"{name:<8} {median(found[name]) * 1000:6.2f} ms a step   {median(ratios[name]):.3f} of free")
-    print(
-        json.dumps(
-            {
-                **describe_circumstances(),
-                "rows": arguments.rows,
-                "temperature": arguments.temperature,
-                "seconds": found,
-                "ratios": ratios,
-            }
-        )
-    )
+    ratios = {way: {name: _divide(own, rows["free"]) for name, own in rows.items()} for way, rows in found.items()}
+    for way, rows in found.items():
+        for name, own in rows.items():
+            print(f"{way:<7} {name:<8} {median(own) * 1000:6.2f} ms a step   {median(ratios[way][name]):.3f} of free")
+    print(json.dumps({**describe_circumstances(), "rows": arguments.rows, "seconds": found, "ratios": ratios}))
     return 0
 
 

@@ -1,24 +1,50 @@
-"""What a row may not choose: outside its grammar or its list of tokens, the end of a bad word, an end too early.
+"""What a row may choose: by its grammar or its list of tokens, no end of a bad word, no end too early.
 
-Every rule makes logits minus infinity; a row whose rules leave nothing has no finite logit. A row is a numpy array and
-is looked at alone. Knows no grammars: a constraint tells its tokens as bits.
+Two questions, of which the first costs far less: may these tokens come next; and which tokens may. Knows no logits, and
+no grammars: a constraint tells its tokens as bits.
 """
 
-import math
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qserve.engine.request import Constraint, Request
-
-Row = NDArray[np.float32]
-
-# For each byte the biases of its bits, the lowest first: (256, 8).
-_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, np.newaxis], axis=1, bitorder="little")
-_BIASES = np.where(_BITS, 0, -math.inf).astype(np.float32)
+from qserve.device.draw import Tokens
+from qserve.engine.request import Request
 
 
-def is_masked(request: Request) -> bool:
+class Rules:
+    """What one request may say next."""
+
+    def __init__(self, request: Request) -> None:
+        self._constraint = request.constraint
+        self._listed = request.params.allowed_token_ids
+        self._banned = find_banned_ids(request)
+
+    def permit(self, token_ids: Sequence[int]) -> list[bool]:
+        """Of each token whether it may come next."""
+        permitted = [True] * len(token_ids) if self._constraint is None else self._constraint.allows(token_ids)
+        if self._listed is None and not self._banned:
+            return permitted
+        return [is_so and self._leaves(each) for is_so, each in zip(permitted, token_ids, strict=True)]
+
+    def _leaves(self, token_id: int) -> bool:
+        return token_id not in self._banned and (self._listed is None or token_id in self._listed)
+
+    def find_permitted(self, *, vocabulary: int) -> Tokens:
+        """All tokens that may come next, in order."""
+        flags = np.ones(vocabulary, dtype=bool)
+        if self._constraint is not None:
+            bits = np.frombuffer(self._constraint.allowed(), dtype=np.uint8)
+            flags = np.unpackbits(bits, count=vocabulary, bitorder="little").view(bool)
+        if self._listed is not None:
+            is_listed = np.zeros(vocabulary, dtype=bool)
+            is_listed[[*self._listed]] = True
+            flags &= is_listed
+        flags[[token_id for token_id in self._banned if token_id < vocabulary]] = False
+        return np.flatnonzero(flags)
+
+
+def has_rules(request: Request) -> bool:
     """Whether any rule may forbid this request's next token something."""
     params = request.params
     return (
@@ -27,33 +53,6 @@ def is_masked(request: Request) -> bool:
         or bool(params.bad_words)
         or request.num_output_tokens < params.min_tokens
     )
-
-
-def permits(request: Request, token_id: int) -> bool:
-    """Whether no rule forbids that token next; far less work than to find what all rules leave."""
-    params = request.params
-    if params.allowed_token_ids is not None and token_id not in params.allowed_token_ids:
-        return False
-    if token_id in find_banned_ids(request):
-        return False
-    return request.constraint is None or request.constraint.allows(token_id)
-
-
-def mask(logits: Row, request: Request) -> Row:
-    """A copy with minus infinity where a token is forbidden."""
-    allowed = request.params.allowed_token_ids
-    masked = logits.copy() if request.constraint is None else _follow(request.constraint, logits)
-    if allowed is not None:
-        kept = list(allowed)
-        masked[:], masked[kept] = -math.inf, masked[kept]
-    masked[[token_id for token_id in find_banned_ids(request) if token_id < len(masked)]] = -math.inf
-    return masked
-
-
-def _follow(constraint: Constraint, logits: Row) -> Row:
-    """Eight tokens at once from a table: 19 µs for 49,152 of them, where np.where takes up to 180."""
-    bits = np.frombuffer(constraint.allowed(), dtype=np.uint8)
-    return logits + _BIASES.take(bits, axis=0).reshape(-1)[: len(logits)]
 
 
 def find_banned_ids(request: Request) -> set[int]:

@@ -1,21 +1,23 @@
 """From logits to the next token of each row.
 
-The order: masks; repetition penalty on the raw logits, then presence and frequency, bias; temperature; top-k, top-p (of
+The order: rules; repetition penalty on the raw logits, then presence and frequency, bias; temperature; top-k, top-p (of
 what top-k left), min-p; typical-p (of what they all left). The draw is one number in [0, 1) for each row, made from the
 request's seed and the position alone, and put through the row's own cumulative distribution, so a row's token does not
-depend on the rows beside it.
+depend on the rows beside it. Under rules it may take several numbers, of which the first is that one.
 """
 
 import hashlib
 import secrets
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qserve.device.draw import draw
-from qserve.device.masks import Row, is_masked, mask, permits
+from qserve.device.draw import Floats, draw
+from qserve.device.masks import Rules, has_rules
+from qserve.device.trials import Drawn, Greedy
 from qserve.engine.request import Request
 
 
@@ -34,20 +36,26 @@ class Sampler:
         tokens: list[int | None] = [*best]
         unsettled = [row for row, each in enumerate(requests) if not _is_settled(each, best=best[row])]
         for row, values in zip(unsettled, _to_host(logits, unsettled), strict=True):
-            tokens[row] = self._choose(values, requests[row])
+            can_choose = not np.isneginf(values[best[row]])
+            tokens[row] = self._choose(adjust(values, requests[row]), requests[row]) if can_choose else None
         return tokens
 
-    def _choose(self, logits: Row, request: Request) -> int | None:
-        logits = adjust(logits, request)
-        best = int(logits.argmax())
-        if np.isneginf(logits[best]):
-            return None
-        return draw(logits, request.params, self._uniform(request)) if request.params.temperature > 0 else best
+    def _choose(self, logits: Floats, request: Request) -> int | None:
+        params = request.params
+        if has_rules(request):
+            rules, trial = Rules(request), self._try(logits, request)
+            token = trial.settle(rules)
+            return trial.choose(rules.find_permitted(vocabulary=len(logits))) if token is None else token
+        return draw(logits, params, self._choice(request, 0)) if params.temperature else int(logits.argmax())
 
-    def _uniform(self, request: Request) -> float:
+    def _try(self, logits: Floats, request: Request) -> Greedy | Drawn:
+        params = request.params
+        return Drawn(logits, params, partial(self._choice, request)) if params.temperature else Greedy(logits)
+
+    def _choice(self, request: Request, number: int) -> float:
         seed = request.params.seed
         source = f"{self._seed}/{request.id}" if seed is None else f"{seed}"
-        return uniform(source, request.num_tokens)
+        return uniform(source, request.num_tokens, number=number)
 
 
 def _find_best(logits: Tensor) -> list[int]:
@@ -57,7 +65,7 @@ def _find_best(logits: Tensor) -> list[int]:
     return tokens
 
 
-def _to_host(logits: Tensor, rows: Sequence[int]) -> Iterable[Row]:
+def _to_host(logits: Tensor, rows: Sequence[int]) -> Iterable[Floats]:
     """These rows, one after the other."""
     if logits.device.type != "cpu":
         logits, rows = logits[list(rows)].cpu(), range(len(rows))
@@ -65,16 +73,15 @@ def _to_host(logits: Tensor, rows: Sequence[int]) -> Iterable[Row]:
     return (host[row] for row in rows)
 
 
-def uniform(source: str, position: int) -> float:
-    """A number in [0, 1) of 53 bits that depends on these two and nothing else."""
-    digest = hashlib.blake2b(f"{source}@{position}".encode(), digest_size=8).digest()
+def uniform(source: str, position: int, *, number: int = 0) -> float:
+    """A number in [0, 1) of 53 bits that depends on these three and nothing else."""
+    name = f"{source}@{position}" if number == 0 else f"{source}@{position}@{number}"
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return (int.from_bytes(digest) >> 11) * 2.0**-53
 
 
-def adjust(logits: Row, request: Request) -> Row:
-    """The row under masks, penalties and bias, as a copy where it changes. What is forbidden stays so under all."""
-    if is_masked(request):
-        logits = mask(logits, request)
+def adjust(logits: Floats, request: Request) -> Floats:
+    """The row under penalties and bias, as a copy where they change it."""
     return _weigh(logits, request) if _is_weighed(request) else logits
 
 
@@ -86,7 +93,7 @@ def _is_settled(request: Request, *, best: int) -> bool:
     """
     if request.params.temperature > 0 or _is_weighed(request):
         return False
-    return not is_masked(request) or permits(request, best)
+    return not has_rules(request) or Rules(request).permit([best])[0]
 
 
 def _is_weighed(request: Request) -> bool:
@@ -96,7 +103,7 @@ def _is_weighed(request: Request) -> bool:
     )
 
 
-def _weigh(logits: Row, request: Request) -> Row:
+def _weigh(logits: Floats, request: Request) -> Floats:
     """A copy under penalties and bias; only the tokens that occurred, or that have a bias, are touched."""
     params, weighed = request.params, logits.copy()
     if params.repetition_penalty != 1.0:
@@ -112,7 +119,7 @@ def _weigh(logits: Row, request: Request) -> Row:
     return weighed
 
 
-def _count(token_ids: Sequence[int]) -> tuple[NDArray[np.int64], Row]:
+def _count(token_ids: Sequence[int]) -> tuple[NDArray[np.int64], Floats]:
     """The tokens that occur, and how often each does."""
     tokens, counts = np.unique(np.array(token_ids, dtype=np.int64), return_counts=True)
     return tokens, counts.astype(np.float32)

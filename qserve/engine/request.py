@@ -4,7 +4,7 @@ Plain Python on token ids: knows no tensors, no text and no HTTP.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -55,7 +55,7 @@ class Constraint(Protocol):
     def is_finished(self) -> bool: ...  # what was said is complete, and nothing can be added
     def accept(self, token_id: int) -> None: ...
     def allowed(self) -> bytes: ...  # one bit for each token id, the lowest bit of the first byte for id 0
-    def allows(self, token_id: int) -> bool: ...  # that token's bit, for less than all of them cost
+    def allows(self, token_ids: Sequence[int]) -> list[bool]: ...  # their bits, for less than all of them cost
 
 
 class Request:

@@ -1,20 +1,20 @@
-"""What a row may not choose, by plain loops over tokens; and rows that mind only themselves."""
+"""What a row may choose, token by token and all at once; and rows that mind only themselves."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from qserve.device.masks import permits
+from qserve.device.masks import Rules, has_rules
 from qserve.device.runner import ModelRunner
-from qserve.device.sampler import Sampler, adjust
+from qserve.device.sampler import Sampler
 from qserve.engine.request import Chunk, Request, SamplingParams
 from tests import tiny
 from tests.device import driving
 
 VOCABULARY = 43  # not a multiple of eight
-INF = float("inf")
 
 
 class Bits:
@@ -31,8 +31,8 @@ class Bits:
     def allowed(self) -> bytes:
         return self._bits
 
-    def allows(self, token_id: int) -> bool:
-        return bool(self._bits[token_id // 8] >> token_id % 8 & 1)
+    def allows(self, token_ids: Sequence[int]) -> list[bool]:
+        return [bool(self._bits[token_id // 8] >> token_id % 8 & 1) for token_id in token_ids]
 
 
 def _request(*, output: tuple[int, ...] = (), constraint: Bits | None = None, **params: Any) -> Request:
@@ -43,13 +43,6 @@ def _request(*, output: tuple[int, ...] = (), constraint: Bits | None = None, **
 
 def _logits(rows: int) -> Tensor:
     return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(3)) * 2
-
-
-def _forbidden(before: Tensor, after: Tensor) -> set[int]:
-    """Which tokens of a row were forbidden; all others must be as before."""
-    kept = after > -INF
-    assert torch.equal(after[kept], before[kept])
-    return set((~kept).nonzero().flatten().tolist())
 
 
 ALL = set(range(VOCABULARY))
@@ -72,10 +65,11 @@ CASES: list[tuple[Request, set[int]]] = [
 
 @pytest.mark.parametrize(("request_", "forbidden"), CASES)
 def test_each_rule(request_: Request, forbidden: set[int]) -> None:
-    before = _logits(1)[0]
-    after = torch.from_numpy(adjust(before.numpy(), request_))
-    assert _forbidden(before, after) == forbidden
-    assert {token_id for token_id in ALL if not permits(request_, token_id)} == forbidden
+    rules = Rules(request_)
+    assert rules.find_permitted(vocabulary=VOCABULARY).tolist() == sorted(ALL - forbidden)
+    assert {token_id for token_id in ALL if not rules.permit([token_id])[0]} == forbidden
+    assert rules.permit([*ALL]) == [token_id not in forbidden for token_id in ALL]
+    assert has_rules(request_) or not forbidden
 
 
 @pytest.mark.parametrize("is_weighed", [False, True])

@@ -1,5 +1,7 @@
 """A constraint hears every token once and in order, whatever is preempted, and ends its request."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from qserve.config import EngineConfig
@@ -26,8 +28,8 @@ class Recorder:
     def allowed(self) -> bytes:
         return b"\xff\xff"
 
-    def allows(self, token_id: int) -> bool:
-        return True
+    def allows(self, token_ids: Sequence[int]) -> list[bool]:
+        return [True] * len(token_ids)
 
 
 def test_every_token_is_heard_once_though_requests_are_preempted() -> None:

@@ -229,8 +229,11 @@ def test_a_token_alone_is_allowed_exactly_where_its_bit_is_set(
         random_ = random.Random(seed)
         constraint = grammar.start(stop_ids=frozenset({2, 70}))
         for _ in range(12):
-            singly = [token_id for token_id in range(size) if constraint.allows(token_id)]
+            singly = [token_id for token_id in range(size) if constraint.allows([token_id])[0]]
+            together = constraint.allows(range(size))
+            assert singly == [token_id for token_id in range(size) if together[token_id]]
             assert singly == allowed_ids(constraint, size)
+            assert constraint.allows(range(size)) == together  # and where all are known
             going_on = sorted(set(singly) - {2, 70})
             if not going_on:
                 break

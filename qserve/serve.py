@@ -7,6 +7,7 @@ imported only by the thread that loads.
 import argparse
 import gc
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -58,7 +59,17 @@ def run(arguments: argparse.Namespace) -> int:
     loader.cancel()
     if loader.failure is not None:
         raise loader.failure
-    return 1 if server.engine_has_died or loader.has_crashed else 0
+    status = 1 if server.engine_has_died or loader.has_crashed else 0
+    if loader.is_loading:
+        _leave_at_once(status)
+    return status
+
+
+def _leave_at_once(status: int) -> None:
+    """Nothing interrupts a thread in native code, and Python, ending under it, would abort the process."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)
 
 
 class _Loader:
@@ -73,6 +84,7 @@ class _Loader:
         self._demo: subprocess.Popen[str] | None = None
         self.failure: QserveError | None = None
         self.has_crashed = False
+        self.is_loading = True
 
     def start(self, *, then: Callable[[LLM], None], on_failure: Callable[[], None]) -> None:
         threading.Thread(target=self._run, args=(then, on_failure), name="qserve-loader", daemon=True).start()
@@ -84,7 +96,10 @@ class _Loader:
 
     def _run(self, then: Callable[[LLM], None], on_failure: Callable[[], None]) -> None:
         try:
-            llm = self._load()
+            try:
+                llm = self._load()
+            finally:
+                self.is_loading = False
             gc.freeze()  # what is here now stays: to go through it in a collection would stop every stream for 150 ms
             self._service.open(llm)
             then(llm)

@@ -144,6 +144,15 @@ def test_what_takes_longer_than_the_drain_ends_with_an_error(checkpoint: Path) -
         assert running.wait() == 0, running.printed
 
 
+def test_a_server_that_is_still_loading_ends_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")  # to read it takes for ever
+    with process(str(tmp_path)) as running:
+        assert httpx.get(running.url + "/ready").status_code == 503
+        running.signal(signal.SIGTERM)
+        assert running.wait() == 0, running.printed
+        assert "Traceback" not in running.printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

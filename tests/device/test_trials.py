@@ -222,6 +222,12 @@ def _uniform(seed: str, number: int) -> float:
     return uniform(seed, 1, number=number)
 
 
+def test_what_cannot_be_drawn_is_not_the_likeliest() -> None:
+    logits = np.array([1.0, -np.inf, -np.inf], dtype=np.float32)
+    assert Greedy(logits).settle(Permitted(np.array([1, 2]))) is None
+    assert Greedy(logits).choose(np.array([1, 2])) is None
+
+
 PARAMS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.6},

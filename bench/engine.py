@@ -34,7 +34,7 @@ from qserve.config import EngineConfig
 from qserve.device.kv_cache import CacheShape, KVCache, make_cache
 from qserve.device.load import load_model
 from qserve.device.runner import Model, ModelRunner
-from qserve.device.sampler import Sampler
+from qserve.device.sampler import Choose, Sampler
 from qserve.engine.request import Request, SamplingParams
 from qserve.engine.scheduler import Scheduler
 from qserve.kernels.build import count_cores
@@ -105,8 +105,8 @@ class TimedModel:
 class TimedSampler(Sampler):
     """A sampler that tells the clock."""
 
-    def __init__(self, clock: Clock) -> None:
-        super().__init__()
+    def __init__(self, clock: Clock, choose: Choose) -> None:
+        super().__init__(choose=choose)
         self._clock = clock
 
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[int | None]:
@@ -249,7 +249,7 @@ def load(model: str, recipe: str, *, ops: NativeOps, num_slots: int) -> Candidat
     looked_up = sum(info.num_bytes for name, info in checkpoint.tensors.items() if EMBEDDING.fullmatch(name))
     return Candidate(
         recipe=recipe,
-        runner=ModelRunner(TimedModel(loaded, clock), cache, device=device, sampler=TimedSampler(clock)),
+        runner=ModelRunner(TimedModel(loaded, clock), cache, device=device, sampler=TimedSampler(clock, ops.sample)),
         clock=clock,
         num_bytes=loaded.num_bytes - looked_up,
         vocab_size=loaded.vocab_size,

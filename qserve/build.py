@@ -21,6 +21,7 @@ from qserve.config import DeviceConfig, EngineConfig, ServerConfig
 from qserve.device.kv_cache import block_bytes, make_cache
 from qserve.device.load import load_model, model_limit
 from qserve.device.runner import Model, ModelRunner
+from qserve.device.sampler import Sampler
 from qserve.engine.engine import Engine
 from qserve.engine.loop import EngineLoop
 from qserve.engine.scheduler import Scheduler
@@ -69,7 +70,7 @@ def build_llm(
         loaded = load_model(checkpoint.config, weights, ops=ops, device=where, max_positions=limit)
     with clock.measure("warm-up"):
         num_blocks = engine.max_running * -(-limit // engine.block_size)  # all that could ever be held at once
-        runner = _make_runner(loaded, checkpoint, engine=engine, device=device, max_blocks=num_blocks)
+        runner = _make_runner(loaded, ops, checkpoint, engine=engine, device=device, max_blocks=num_blocks)
         runner.warm_up(max_tokens=min(_WARM_UP_TOKENS, engine.max_step_tokens))
     own_name = path.resolve().name if Path(model).expanduser().exists() else str(model)
     room = runner.num_blocks * engine.block_size
@@ -159,7 +160,7 @@ def _max_model_len(checkpoint: Checkpoint, config: EngineConfig) -> int:
 
 
 def _make_runner(
-    model: Model, checkpoint: Checkpoint, *, engine: EngineConfig, device: DeviceConfig, max_blocks: int
+    model: Model, ops: Ops, checkpoint: Checkpoint, *, engine: EngineConfig, device: DeviceConfig, max_blocks: int
 ) -> ModelRunner:
     dtype = _cache_dtype(device, checkpoint)
     size = block_bytes(model.cache_shapes, block_size=engine.block_size, dtype=dtype)
@@ -176,7 +177,7 @@ def _make_runner(
         dtype=dtype,
         device=where,
     )
-    return ModelRunner(model, cache, device=where)
+    return ModelRunner(model, cache, device=where, sampler=Sampler(choose=ops.sample))
 
 
 def _cache_dtype(config: DeviceConfig, checkpoint: Checkpoint) -> torch.dtype:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qserve.engine.request import SamplingParams
+from qserve.kernels.ops import LEAST_TEMPERATURE
 
 Floats = NDArray[np.float32]
 Tokens = NDArray[np.int64]
@@ -19,7 +20,6 @@ Side = Literal["left", "right"]
 
 _NUM_SORTED = 4096  # of the best, before all of the vocabulary is sorted for top-p: 60 µs instead of 110
 _RUN = 256  # weights that are summed at once
-_LEAST_TEMPERATURE = 1e-30
 _LOWEST = np.finfo(np.float32).min  # below it there is only minus infinity: what cannot be drawn
 
 
@@ -36,7 +36,7 @@ class Weights:
         # The largest becomes zero first, so that a tiny temperature makes the others -inf and nothing NaN.
         scaled: Floats = logits - logits.max()
         with np.errstate(over="ignore"):
-            scaled /= np.float32(max(temperature, _LEAST_TEMPERATURE))
+            scaled /= np.float32(max(temperature, LEAST_TEMPERATURE))
         np.exp(scaled, out=scaled)
         return cls(scaled)
 

@@ -4,14 +4,17 @@ The order: rules; repetition penalty on the raw logits, then presence and freque
 what top-k left), min-p; typical-p (of what they all left). The draw is one number in [0, 1) for each row, made from the
 request's seed and the position alone, and put through the row's own cumulative distribution, so a row's token does not
 depend on the rows beside it. Under rules it may take several numbers, of which the first is that one.
+
+The kernels choose for all rows at once. What they do not know, rules, penalties and typical-p, is done here row by row.
 """
 
 import hashlib
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,12 +22,16 @@ from qserve.device.draw import Floats, draw
 from qserve.device.masks import Rules, has_rules
 from qserve.device.trials import Drawn, Greedy
 from qserve.engine.request import Request
+from qserve.kernels.reference_sampling import sample as sample_plainly
+
+Choose = Callable[[Tensor, Tensor], Tensor]  # `sample` of kernels/ops.py
 
 
 class Sampler:
     """Chooses tokens. A request without a seed draws from the randomness of this object, and of no other."""
 
-    def __init__(self, *, seed: int | None = None) -> None:
+    def __init__(self, *, choose: Choose = sample_plainly, seed: int | None = None) -> None:
+        self._choose_freely = choose
         self._seed = secrets.randbits(64) if seed is None else seed
 
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[int | None]:
@@ -32,13 +39,21 @@ class Sampler:
 
         None where the rules of a request leave no token.
         """
-        best = _find_best(logits)
-        tokens: list[int | None] = [*best]
-        unsettled = [row for row, each in enumerate(requests) if not _is_settled(each, best=best[row])]
+        draws = torch.tensor([self._describe_draw(request) for request in requests], dtype=torch.float64)
+        chosen: list[int] = self._choose_freely(logits, draws).tolist()
+        tokens: list[int | None] = [*chosen]
+        unsettled = [row for row, each in enumerate(requests) if not _is_settled(each, chosen=chosen[row])]
         for row, values in zip(unsettled, _to_host(logits, unsettled), strict=True):
-            can_choose = not np.isneginf(values[best[row]])
+            can_choose = not np.isneginf(values[chosen[row]])
             tokens[row] = self._choose(adjust(values, requests[row]), requests[row]) if can_choose else None
         return tokens
+
+    def _describe_draw(self, request: Request) -> tuple[float, ...]:
+        """A row of `draws`, see kernels/ops.py: of the likeliest where kernels do not know all that counts."""
+        params = request.params
+        if not _is_drawn_freely(request):
+            return 0.0, 0.0, 0.0, 1.0, 0.0
+        return params.temperature, self._choice(request, 0), params.top_k, params.top_p, params.min_p
 
     def _choose(self, logits: Floats, request: Request) -> int | None:
         params = request.params
@@ -56,13 +71,6 @@ class Sampler:
         seed = request.params.seed
         source = f"{self._seed}/{request.id}" if seed is None else f"{seed}"
         return uniform(source, request.num_tokens, number=number)
-
-
-def _find_best(logits: Tensor) -> list[int]:
-    """The likeliest token of each row. On the CPU by numpy: a row of 49,152 takes it 4 µs, and torch 70."""
-    found = logits.numpy().argmax(axis=-1) if logits.device.type == "cpu" else logits.argmax(dim=-1)
-    tokens: list[int] = found.tolist()
-    return tokens
 
 
 def _to_host(logits: Tensor, rows: Sequence[int]) -> Iterable[Floats]:
@@ -85,15 +93,20 @@ def adjust(logits: Floats, request: Request) -> Floats:
     return _weigh(logits, request) if _is_weighed(request) else logits
 
 
-def _is_settled(request: Request, *, best: int) -> bool:
-    """Whether the likeliest token of the raw logits is the next one.
+def _is_settled(request: Request, *, chosen: int) -> bool:
+    """Whether what kernels chose is the next token.
 
-    It is where nothing is drawn and no rule forbids it: then it is the likeliest of all that are allowed, and nobody
-    needs to know which others are.
+    The likeliest of the raw logits is where nothing is drawn and no rule forbids it: then it is the likeliest of all
+    that are allowed, and nobody needs to know which others are.
     """
-    if request.params.temperature > 0 or _is_weighed(request):
-        return False
-    return not has_rules(request) or Rules(request).permit([best])[0]
+    if request.params.temperature > 0:
+        return _is_drawn_freely(request)
+    return not _is_weighed(request) and (not has_rules(request) or Rules(request).permit([chosen])[0])
+
+
+def _is_drawn_freely(request: Request) -> bool:
+    is_bound = request.params.typical_p < 1 or _is_weighed(request) or has_rules(request)
+    return request.params.temperature > 0 and not is_bound
 
 
 def _is_weighed(request: Request) -> bool:

@@ -18,7 +18,7 @@ from qserve.errors import UnsupportedWeight
 from qserve.kernels.arena import Arena
 from qserve.kernels.build import Progress, Variant, choose_variant, count_cores, load_library
 from qserve.kernels.linear import Linear, join_biases, join_weights, look_up, select_rows
-from qserve.kernels.ops import Activation, AttentionSpec, Batch, CacheLayer, Norm, NormKind, Rotary
+from qserve.kernels.ops import DRAW, Activation, AttentionSpec, Batch, CacheLayer, Norm, NormKind, Rotary
 from qserve.kernels.packing import KERNEL_ACTIVATIONS, LANES, PackedWeight, pack_weight
 from qserve.kernels.recorder import MAX_LOGITS, Recorder
 from qserve.kernels.reference import normalize
@@ -150,13 +150,14 @@ class NativeOps:
         room = self._recorder.reuse(StageKind.LINEAR, rows=rows, width=width) if rows <= MAX_LOGITS else None
         return self._run(stage, rows=rows, width=width, output=room)
 
-    def sample(self, logits: Tensor, temperatures: Tensor, numbers: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, draws: Tensor) -> Tensor:
         assert logits.stride(1) == 1, logits.stride()
+        assert draws.is_contiguous(), draws.stride()
+        assert draws.shape == (len(logits), len(DRAW)), draws.shape
         tokens = torch.empty(len(logits), dtype=torch.int64)
         sampling = SamplingStruct(
             logits=logits.data_ptr(),
-            temperatures=temperatures.data_ptr(),
-            numbers=numbers.data_ptr(),
+            draws=draws.data_ptr(),
             tokens=tokens.data_ptr(),
             rows=len(logits),
             stride=logits.stride(0),

@@ -23,6 +23,7 @@ from torch import Tensor
 from qserve.kernels.linear import Linear
 from qserve.quant.weight import Weight
 
+DRAW = ("temperature", "number", "top_k", "top_p", "min_p")
 LEAST_TEMPERATURE = 1e-30  # a lower one is taken for it: logits are divided by it
 
 
@@ -164,15 +165,14 @@ class Ops(Protocol):
     ) -> Tensor:
         """Logits, scaled and then capped: (rows, vocabulary) float32, until the next call."""
 
-    def sample(self, logits: Tensor, temperatures: Tensor, numbers: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, draws: Tensor) -> Tensor:
         """The next token of each row of logits, (rows,) int64.
 
-        Where the temperature is 0, the likeliest, of equals the first. Elsewhere one is drawn: a number in [0, 1) is
-        put through the cumulative distribution of softmax(logits / temperature), in the order of the vocabulary. What
-        is not a number is never chosen.
+        Where the temperature is 0, the likeliest, of equals the first. Elsewhere one is drawn: the number, in [0, 1),
+        is put through the cumulative distribution, in the order of the vocabulary, of what is left of softmax(logits /
+        temperature) by top-k, then top-p, a share of what top-k left, then min-p. What is not a number is never chosen.
 
         Args:
             logits: (rows, vocabulary) float32.
-            temperatures: (rows,) float32, on the CPU.
-            numbers: (rows,) float64, on the CPU.
+            draws: (rows, 5) float64 on the CPU, columns as `DRAW` names them; top_k 0, top_p 1 and min_p 0 cut nothing.
         """

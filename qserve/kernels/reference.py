@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qserve.kernels.linear import Linear, join_biases, join_weights, look_up
-from qserve.kernels.ops import LEAST_TEMPERATURE, Activation, AttentionSpec, Batch, CacheLayer, Norm, NormKind, Rotary
+from qserve.kernels.ops import Activation, AttentionSpec, Batch, CacheLayer, Norm, NormKind, Rotary
 from qserve.kernels.reference_activations import ROUND_TRIPS
 from qserve.kernels.reference_attention import attend_paged, rotate, split_heads, store
+from qserve.kernels.reference_sampling import sample
 from qserve.quant.weight import ActivationQuantization, Weight
 
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
@@ -134,8 +135,8 @@ class ReferenceOps:
         logits = logits if scale == 1.0 else logits * scale
         return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
 
-    def sample(self, logits: Tensor, temperatures: Tensor, numbers: Tensor) -> Tensor:
-        return sample(logits, temperatures, numbers)
+    def sample(self, logits: Tensor, draws: Tensor) -> Tensor:
+        return sample(logits, draws)
 
     def _pack_part(self, weight: Weight) -> _Part:
         pre_scale = None if isinstance(weight, Tensor) else weight.pre_scale
@@ -144,21 +145,6 @@ class ReferenceOps:
             pre_scale=None if pre_scale is None else pre_scale.to(self._device, torch.float32),
             activation=ActivationQuantization.NONE if isinstance(weight, Tensor) else weight.activation,
         )
-
-
-def sample(logits: Tensor, temperatures: Tensor, numbers: Tensor) -> Tensor:
-    """What `Ops.sample` says, on the device of the logits."""
-    logits = logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    best = logits.argmax(dim=-1)
-    temperatures, numbers = temperatures.to(logits.device)[:, None], numbers.to(logits.device)[:, None]
-    most = logits.gather(1, best[:, None])
-    weights = torch.exp((logits - most) / temperatures.clamp(min=LEAST_TEMPERATURE))
-    ends = weights.cumsum(dim=-1, dtype=torch.float64)
-    last = ends[:, -1:].contiguous()
-    # Rounding may put a target on the very end: then it is the last that adds to it.
-    found = torch.minimum(torch.searchsorted(ends, numbers * last, right=True), torch.searchsorted(ends, last))
-    is_drawn = (temperatures > 0) & most.isfinite()
-    return torch.where(is_drawn, found, best[:, None])[:, 0]
 
 
 def _apply(linear: Linear, x: Tensor) -> Tensor:

@@ -147,8 +147,7 @@ class StageStruct(Structure):
 class SamplingStruct(Structure):
     _fields_ = (
         ("logits", c_void_p),
-        ("temperatures", c_void_p),
-        ("numbers", c_void_p),
+        ("draws", c_void_p),
         ("tokens", c_void_p),
         ("rows", c_int64),
         ("stride", c_int64),

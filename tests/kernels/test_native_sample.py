@@ -27,16 +27,38 @@ def make_logits(rows: int, size: int, *, seed: int = 0, spread: float = 4.0) -> 
     return torch.randn(rows, size, generator=torch.Generator().manual_seed(seed)) * spread
 
 
-def sample(ops: Ops, logits: Tensor, temperature: float, number: float) -> list[int]:
-    rows = len(logits)
-    temperatures, numbers = torch.full((rows,), temperature), torch.full((rows,), number, dtype=torch.float64)
-    return [int(token) for token in ops.sample(logits, temperatures, numbers)]
+def make_draw(
+    temperature: float, number: float, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> tuple[float, ...]:
+    return temperature, number, top_k, top_p, min_p
+
+
+def sample(ops: Ops, logits: Tensor, temperature: float, number: float, **cuts: float) -> list[int]:
+    draws = torch.tensor([make_draw(temperature, number, **cuts)] * len(logits), dtype=torch.float64)  # type: ignore[arg-type]
+    return [int(token) for token in ops.sample(logits, draws)]
 
 
 def shares(logits: Tensor, temperature: float) -> Tensor:
     """Where the share of each token begins and ends, (vocabulary + 1,)."""
-    ends = torch.softmax(logits.double() / temperature, dim=-1).cumsum(dim=-1)
+    return bounds_of(torch.softmax(logits.double() / temperature, dim=-1))
+
+
+def bounds_of(probabilities: Tensor) -> Tensor:
+    ends = probabilities.cumsum(dim=-1)
     return torch.cat([torch.zeros(1, dtype=torch.float64), ends / ends[-1]])
+
+
+def cut(logits: Tensor, temperature: float, *, top_k: int, top_p: float, min_p: float) -> tuple[list[int], Tensor]:
+    """What is left, in order, and where the share of each begins and ends; found one token after the other."""
+    likely = torch.softmax(logits.double() / temperature, dim=-1)
+    order = sorted(range(len(logits)), key=lambda token: (-logits[token].item(), token))[: top_k or None]
+    total, before, left = float(likely[order].sum()), 0.0, []
+    for token in order:
+        if left and (before >= top_p * total or likely[token] < min_p * likely.max()):
+            break
+        left.append(token)
+        before += float(likely[token])
+    return sorted(left), bounds_of(likely[sorted(left)])
 
 
 @every_kernel
@@ -69,6 +91,53 @@ def test_what_has_no_probability_is_never_drawn(seed: int, size: int, number: fl
         (token,) = sample(open_ops(name), logits, 1.0, number)
         assert token in possible
         assert bounds[token] - 1e-6 <= number <= bounds[token + 1] + 1e-6
+
+
+@every_kernel
+@pytest.mark.parametrize("spread", [0.3, 2.0, 9.0])
+@pytest.mark.parametrize(
+    "cuts",
+    [
+        {"top_k": 1},
+        {"top_k": 7},
+        {"top_k": 300},
+        {"top_k": 5000},
+        {"top_p": 0.02},
+        {"top_p": 0.5},
+        {"top_p": 0.999},
+        {"min_p": 0.3},
+        {"min_p": 1.0},
+        {"top_k": 40, "top_p": 0.9, "min_p": 0.05},
+        {"top_k": 4, "top_p": 0.4},
+        {"top_p": 0.97, "min_p": 0.001},
+    ],
+)
+def test_cuts_leave_the_best_and_a_number_falls_into_the_share_of_the_token_that_it_draws(
+    name: str, spread: float, cuts: dict[str, float]
+) -> None:
+    logits = make_logits(1, 3000, seed=2, spread=spread)
+    left, bounds = cut(logits[0], 0.8, **{"top_k": 0, "top_p": 1.0, "min_p": 0.0, **cuts})  # type: ignore[arg-type]
+    for number in torch.linspace(0, 1 - 2**-53, 101, dtype=torch.float64).tolist():
+        (token,) = sample(open_ops(name), logits, 0.8, number, **cuts)
+        place = left.index(token)
+        assert bounds[place] - 1e-4 <= number <= bounds[place + 1] + 1e-4
+
+
+@every_kernel
+def test_of_equals_the_first_are_left(name: str) -> None:
+    logits = torch.zeros(1, 900)
+    logits[0, 500] = 1.0
+    numbers = [place / 64 for place in range(64)]
+    assert {sample(open_ops(name), logits, 1.0, number, top_k=3)[0] for number in numbers} == {500, 0, 1}
+    share = (math.e + 5.5) / (math.e + 899)
+    assert {sample(open_ops(name), logits, 1.0, number, top_p=share)[0] for number in numbers} == {500, *range(6)}
+
+
+@every_kernel
+def test_top_k_of_more_than_can_be_drawn_leaves_only_those(name: str) -> None:
+    logits = torch.full((1, 700), -math.inf)
+    logits[0, [3, 600]] = torch.tensor([1.0, 2.0])
+    assert {sample(open_ops(name), logits, 1.0, number / 10, top_k=50)[0] for number in range(10)} == {3, 600}
 
 
 @every_kernel
@@ -106,13 +175,14 @@ def test_a_tiny_temperature_draws_the_likeliest(name: str, temperature: float) -
 @pytest.mark.parametrize("name", VARIANTS)
 def test_rows_do_not_feel_each_other_nor_the_threads(name: str) -> None:
     logits = make_logits(9, 5000)
-    temperatures = torch.tensor([0.0, 0.5, 1.0] * 3)
-    numbers = torch.rand(9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    together = open_variant(name).sample(logits, temperatures, numbers)
-    alone = [
-        int(open_variant(name, 1).sample(logits[i : i + 1], temperatures[i : i + 1], numbers[i : i + 1]))
-        for i in range(len(logits))
-    ]
+    numbers = torch.rand(9, generator=torch.Generator().manual_seed(1)).tolist()
+    ways = ({"top_k": 30}, {"top_p": 0.9}, {"min_p": 0.1}) * 3
+    draws = torch.tensor(
+        [make_draw(0.5 * (i // 3), numbers[i], **way) for i, way in enumerate(ways)],  # type: ignore[arg-type]
+        dtype=torch.float64,
+    )
+    together = open_variant(name).sample(logits, draws)
+    alone = [int(open_variant(name, 1).sample(logits[i : i + 1], draws[i : i + 1])) for i in range(len(logits))]
     assert together.tolist() == alone
 
 

@@ -232,6 +232,33 @@ QSERVE_INLINE I8x16 narrow(I32 x) {
 #endif
 }
 
+// Stores the lanes that are at least `least`, one after the other, and says how many; writes a whole vector.
+QSERVE_INLINE int store_at_least(float* to, F32 x, float least) {
+#if defined(__AVX512F__)
+  const __mmask16 found = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(least), _CMP_GE_OQ);
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(found, (__m512)x));
+  return __builtin_popcount(found);
+#else
+  int count = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    to[count] = x[lane];
+    count += x[lane] >= least;
+  }
+  return count;
+#endif
+}
+
+// The nearest that int8 can hold.
+QSERVE_INLINE I8x16 narrow_to_limits(I32 x) {
+#if defined(__AVX512F__)
+  return (I8x16)_mm512_cvtsepi32_epi8((__m512i)x);
+#else
+  const I32 low = splat(-128), high = splat(127);
+  x = x < low ? low : x;
+  return narrow(x > high ? high : x);
+#endif
+}
+
 // e^x to about one unit in the last place; 0 below -87.
 QSERVE_INLINE F32 exponential(F32 x) {
   const F32 clamped = smallest(largest(x, splat(-87.0f)), splat(88.0f));

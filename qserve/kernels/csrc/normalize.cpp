@@ -7,9 +7,11 @@ namespace {
 
 template <class Value>
 float sum_over(int64_t count, const Value& value) {
-  F32 sums = {};
-  for (int64_t i = 0; i < count; i += kLanes) sums += value(i, (int)(count - i));
-  return sum_lanes(sums);
+  F32 sums[4] = {};  // an addition waits four cycles for the last to the same
+  for (int64_t i = 0; i < count; i += 4 * kLanes)
+    for (int j = 0; j < 4 && i + j * kLanes < count; ++j)
+      sums[j] += value(i + j * kLanes, (int)(count - i) - j * kLanes);
+  return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 float mean_of(const float* x, int64_t count) {

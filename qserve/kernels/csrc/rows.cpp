@@ -98,11 +98,12 @@ void quantize_long(const float* x, const Weight& w, const Row& row) {
 }
 
 void quantize_int8(const float* x, const Weight& w, const Row& row, float scale, float zero) {
-  const F32 inverse = splat(1.0f / scale), shift = splat(zero);
+  const F32 inverse = splat(1.0f / scale);
+  const I32 shift = splat((int32_t)zero);
   const int64_t features = w.padded_features();
   for (int64_t i = 0; i < features; i += kLanes) {
-    const F32 q = round_lanes(load_some(x + i, (int)(features - i)) * inverse) + shift;
-    store_codes(row.codes + i, round_to_int(smallest(largest(q, splat(-128.0f)), splat(127.0f))));
+    const I32 q = round_to_int(load_some(x + i, (int)(features - i)) * inverse) + shift;
+    store(row.codes + i, narrow_to_limits(q));
   }
   row.scales[0] = scale;
   *row.zero = zero;
@@ -116,13 +117,14 @@ void clear_padding(const Weight& w, int8_t* codes) {
 }
 
 void quantize_asymmetric(const float* x, const Weight& w, const Row& row) {
-  F32 low = {}, high = {};
+  F32 low[2] = {}, high[2] = {};  // two, for each waits for its own last value
   const int64_t features = w.padded_features();
-  for (int64_t i = 0; i < features; i += kLanes) {
-    const F32 values = load_some(x + i, (int)(features - i));
-    low = smallest(low, values), high = largest(high, values);
-  }
-  const float least = -max_lanes(-low), most = max_lanes(high);
+  for (int64_t i = 0; i < features; i += 2 * kLanes)
+    for (int j = 0; j < 2; ++j) {
+      const F32 values = load_some(x + i + j * kLanes, (int)(features - i) - j * kLanes);
+      low[j] = smallest(low[j], values), high[j] = largest(high[j], values);
+    }
+  const float least = -max_lanes(-smallest(low[0], low[1])), most = max_lanes(largest(high[0], high[1]));
   const float scale = std::fmax((most - least) / 255.0f, kTiny);
   const float zero = std::fmin(std::fmax(-128.0f - std::nearbyintf(least / scale), -128.0f), 127.0f);
   quantize_int8(x, w, row, scale, zero);

@@ -37,6 +37,7 @@ from qserve.text.tokenizer import load_tokenizer
 
 _log = logging.getLogger(__name__)
 _WARM_UP_TOKENS = 64
+_CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 def build_llm(
@@ -74,6 +75,7 @@ def build_llm(
         runner.warm_up(max_tokens=min(_WARM_UP_TOKENS, engine.max_step_tokens))
     own_name = path.resolve().name if Path(model).expanduser().exists() else str(model)
     room = runner.num_blocks * engine.block_size
+    cache_dtype = str(_cache_dtype(device, checkpoint)).removeprefix("torch.")
     if room < limit:
         _log.warning("the cache holds %d tokens, so the context is cut from %d; --kv-cache-mb gives more", room, limit)
     details = {**_describe(checkpoint), "kernels": kernels}
@@ -87,11 +89,15 @@ def build_llm(
         cache={
             "block_size": engine.block_size,
             "num_blocks": runner.num_blocks,
-            "cache_dtype": str(_cache_dtype(device, checkpoint)).removeprefix("torch."),
+            "cache_dtype": cache_dtype,
             "enable_prefix_caching": engine.prefix_caching,
         },
     )
-    _log.info("%s is loaded in %s; context %d tokens", info.name, clock.report(), info.max_model_len)
+    _log.info(
+        "%s is loaded in %s; context %d tokens; cache of %d tokens in %s, %d bytes each",
+        *(info.name, clock.report(), info.max_model_len),
+        *(room, cache_dtype, runner.memory.block // engine.block_size),
+    )
     return LLM(info=info, tokenizer=tokenizer, template=template, loop=loop, metrics=metrics)
 
 
@@ -183,7 +189,7 @@ def _make_runner(
 def _cache_dtype(config: DeviceConfig, checkpoint: Checkpoint) -> torch.dtype:
     if config.kv_cache_dtype == "auto":
         return torch.bfloat16 if checkpoint.is_quantized else torch.float32
-    return torch.bfloat16 if config.kv_cache_dtype == "bfloat16" else torch.float32
+    return _CACHE_DTYPES[config.kv_cache_dtype]
 
 
 def _describe(checkpoint: Checkpoint) -> Mapping[str, Any]:

@@ -35,8 +35,9 @@ class DeviceConfig:
     )
     kv_cache_dtype: str = option(
         "auto",
-        "auto is float32 for a float model, so that it is served exactly, and bfloat16 for a quantized one",
-        choices=("auto", "float32", "bfloat16"),
+        "auto is float32 for a float model, so that it is served exactly, and bfloat16 for a quantized one;"
+        " int8, with a scale for each token and head, holds nearly twice as many tokens as bfloat16",
+        choices=("auto", "float32", "bfloat16", "int8"),
     )
     kv_cache_mb: int = option(512, "memory for the key-value cache, in MiB", least=1)
 

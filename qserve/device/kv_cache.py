@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from qserve.kernels.arena import map_memory
 from qserve.kernels.ops import CacheLayer
+
+_LINE = 64  # bytes of a cache line: each head of a block begins on one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,8 +24,18 @@ class CacheShape:
     value_dim: int | None = None
 
     @property
-    def num_elements(self) -> int:
-        return self.num_heads * (self.head_dim + (self.value_dim or self.head_dim))
+    def widths(self) -> tuple[int, int]:
+        """Of a key and a value."""
+        return self.head_dim, self.value_dim or self.head_dim
+
+    def scale_bytes(self, *, block_size: int, dtype: torch.dtype) -> int:
+        """Of the scales that int8 codes have, in a block for one head."""
+        return 2 * block_size * torch.float32.itemsize if dtype is torch.int8 else 0
+
+    def head_bytes(self, *, block_size: int, dtype: torch.dtype) -> int:
+        """What a block keeps of one head."""
+        used = self.scale_bytes(block_size=block_size, dtype=dtype) + block_size * sum(self.widths) * dtype.itemsize
+        return -(-used // _LINE) * _LINE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,15 +45,12 @@ class KVCache:
     layers: tuple[CacheLayer, ...]
     block_size: int
     num_blocks: int
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+    num_bytes: int
 
 
 def block_bytes(shapes: Sequence[CacheShape], *, block_size: int, dtype: torch.dtype) -> int:
     """What one block costs in all layers together."""
-    return sum(shape.num_elements for shape in shapes) * block_size * dtype.itemsize
+    return sum(shape.num_heads * shape.head_bytes(block_size=block_size, dtype=dtype) for shape in shapes)
 
 
 def make_cache(
@@ -51,17 +61,32 @@ def make_cache(
     On a CPU all layers stand in one mapping of huge pages, for a step reads all over it. Memory is taken as blocks are
     first written.
     """
-    widths = [
-        (shape.num_heads, width) for shape in shapes for width in (shape.head_dim, shape.value_dim or shape.head_dim)
-    ]
-    sizes = [num_blocks * block_size * num_heads * width for num_heads, width in widths]
+    num_bytes = num_blocks * block_bytes(shapes, block_size=block_size, dtype=dtype)
     if device.type == "cpu":
-        whole = map_memory(sum(sizes) * dtype.itemsize)[: sum(sizes) * dtype.itemsize].view(dtype)
+        whole = map_memory(num_bytes)[:num_bytes]
     else:
-        whole = torch.zeros(sum(sizes), dtype=dtype, device=device)
-    parts = [
-        part.view(num_blocks, num_heads, block_size, width)
-        for part, (num_heads, width) in zip(torch.split(whole, sizes), widths, strict=True)
-    ]
-    layers = (CacheLayer(keys=keys, values=values) for keys, values in zip(parts[::2], parts[1::2], strict=True))
-    return KVCache(layers=tuple(layers), block_size=block_size, num_blocks=num_blocks)
+        whole = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    sizes = [num_blocks * block_bytes([shape], block_size=block_size, dtype=dtype) for shape in shapes]
+    layers = (
+        _make_layer(part.view(num_blocks, shape.num_heads, -1), shape, block_size=block_size, dtype=dtype)
+        for part, shape in zip(torch.split(whole, sizes), shapes, strict=True)
+    )
+    return KVCache(layers=tuple(layers), block_size=block_size, num_blocks=num_blocks, num_bytes=num_bytes)
+
+
+def _make_layer(whole: Tensor, shape: CacheShape, *, block_size: int, dtype: torch.dtype) -> CacheLayer:
+    """Of memory (num_blocks, num_heads, bytes): what a step reads of a block and a head is one run.
+
+    key scales | value scales | keys | values | to a cache line's end
+    """
+    scales_end = shape.scale_bytes(block_size=block_size, dtype=dtype)
+    sizes = [block_size * width * dtype.itemsize for width in shape.widths]
+    parts = torch.split(whole[..., scales_end : scales_end + sum(sizes)], sizes, dim=-1)
+    keys, values = (
+        part.view(dtype).view(*whole.shape[:2], block_size, width)
+        for part, width in zip(parts, shape.widths, strict=True)
+    )
+    if scales_end == 0:
+        return CacheLayer(keys=keys, values=values)
+    key_scales, value_scales = torch.split(whole[..., :scales_end].view(torch.float32), block_size, dim=-1)
+    return CacheLayer(keys=keys, values=values, key_scales=key_scales, value_scales=value_scales)

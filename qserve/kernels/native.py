@@ -24,6 +24,7 @@ from qserve.kernels.recorder import MAX_LOGITS, Recorder
 from qserve.kernels.reference import normalize
 from qserve.kernels.reference_activations import ROUND_TRIPS
 from qserve.kernels.stages import (
+    CACHE_TYPES,
     FLOAT_TYPES,
     AttentionStruct,
     CacheStruct,
@@ -333,9 +334,19 @@ def _mirror_norm(norm: Norm) -> NormStruct:
 
 
 def _mirror_cache(cache: CacheLayer) -> CacheStruct:
+    parts = [part for part in (cache.keys, cache.values, cache.key_scales, cache.value_scales) if part is not None]
+    num_heads = cache.keys.shape[1]
+    block_bytes = cache.keys.stride(0) * cache.keys.itemsize
+    assert {part.stride(0) * part.itemsize for part in parts} == {block_bytes}
+    assert num_heads == 1 or {part.stride(1) * part.itemsize * num_heads for part in parts} == {block_bytes}
+    if cache.key_scales is not None:  # kernels may read codes past a head's keys, and throw away what they get
+        assert cache.values.data_ptr() == cache.keys.data_ptr() + cache.keys[0, 0].numel()
     return CacheStruct(
         keys=cache.keys.data_ptr(),
         values=cache.values.data_ptr(),
-        type=FLOAT_TYPES[cache.keys.dtype],
+        key_scales=address(cache.key_scales),
+        value_scales=address(cache.value_scales),
+        head_bytes=block_bytes // num_heads,
+        type=CACHE_TYPES[cache.keys.dtype],
         block_size=cache.keys.shape[2],
     )

@@ -95,11 +95,16 @@ class Rotary:
 class CacheLayer:
     """One layer's keys and values. Slot s is position s % block_size of block s // block_size.
 
-    Kernels may lay out a block as they like (`csrc/cache_layout.h`): only its size is sure to be what the shape says.
+    Keys and values are float32 or bfloat16, or int8 codes, which times a scale stand for one head of a position.
+
+    Kernels may lay out the keys and the values of a block and head as they like (`csrc/cache_layout.h`): only their
+    size is sure to be what the shape says. From one block and head to the next is as far in all the tensors.
     """
 
-    keys: Tensor  # (num_blocks, num_kv_heads, block_size, head_dim), float32 or bfloat16
+    keys: Tensor  # (num_blocks, num_kv_heads, block_size, head_dim)
     values: Tensor  # the same
+    key_scales: Tensor | None = None  # (num_blocks, num_kv_heads, block_size), float32
+    value_scales: Tensor | None = None  # the same
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

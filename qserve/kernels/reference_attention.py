@@ -31,8 +31,21 @@ def store(keys: Tensor, values: Tensor, slots: Tensor, cache: CacheLayer) -> Non
     """Write (tokens, num_kv_heads, head_dim) into the slots."""
     block_size = cache.keys.shape[2]
     blocks, offsets = slots // block_size, slots % block_size
-    cache.keys[blocks, :, offsets] = keys.to(cache.keys.dtype)
-    cache.values[blocks, :, offsets] = values.to(cache.values.dtype)
+    for heads, stored, scales in ((keys, cache.keys, cache.key_scales), (values, cache.values, cache.value_scales)):
+        if scales is None:
+            stored[blocks, :, offsets] = heads.to(stored.dtype)
+        else:
+            stored[blocks, :, offsets], scales[blocks, :, offsets] = quantize_heads(heads)
+
+
+def quantize_heads(heads: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes and the scales of each head of (tokens, heads, dim): symmetric, ties to even.
+
+    Every operation is one of float32, so whoever does the same has the same bits. The least scale is far below what
+    any head needs, and above zero.
+    """
+    scales = heads.to(torch.float32).abs().amax(dim=-1).clamp_min(1e-30) * (1 / 127)
+    return torch.round(heads * scales.reciprocal().unsqueeze(-1)).to(torch.int8), scales
 
 
 def attend_paged(queries: Tensor, attention: AttentionSpec, batch: Batch, cache: CacheLayer) -> Tensor:
@@ -48,7 +61,10 @@ def attend_paged(queries: Tensor, attention: AttentionSpec, batch: Batch, cache:
             rows = (starts[group].unsqueeze(1) + torch.arange(num_tokens)).to(queries.device)  # (chunks, tokens)
             longest = max(batch.chunk_ends[index] for index in group)
             chunks = torch.tensor(group, device=queries.device)
-            keys, values = (_gather(part, batch.block_tables[chunks], longest) for part in (cache.keys, cache.values))
+            keys, values = (
+                _gather(part, scales, batch.block_tables[chunks], longest)
+                for part, scales in ((cache.keys, cache.key_scales), (cache.values, cache.value_scales))
+            )
             for start in range(0, num_tokens, _MAX_QUERY_ROWS):
                 piece = rows[:, start : start + _MAX_QUERY_ROWS]
                 output[piece] = _attend(queries[piece], keys, values, batch.positions[piece], attention)
@@ -63,11 +79,13 @@ def _split_by_length(members: list[int], ends: tuple[int, ...]) -> list[list[int
     return list(groups.values())
 
 
-def _gather(cache: Tensor, tables: Tensor, length: int) -> Tensor:
+def _gather(cache: Tensor, scales: Tensor | None, tables: Tensor, length: int) -> Tensor:
     """The first `length` positions of each table's blocks: (chunks, num_kv_heads, length, head_dim), float32."""
-    block_size = cache.shape[2]
-    blocks = cache[tables[:, : -(-length // block_size)]]  # (chunks, blocks, num_kv_heads, block_size, head_dim)
-    return blocks.transpose(1, 2).flatten(2, 3)[:, :, :length].to(torch.float32)
+    tables = tables[:, : -(-length // cache.shape[2])]
+    blocks = cache[tables].to(torch.float32)  # (chunks, blocks, num_kv_heads, block_size, head_dim)
+    if scales is not None:
+        blocks *= scales[tables].unsqueeze(-1)
+    return blocks.transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, attention: AttentionSpec) -> Tensor:

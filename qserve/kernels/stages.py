@@ -32,6 +32,7 @@ FLOAT_TYPES = {
     torch.float8_e4m3fn: 3,
     torch.float8_e5m2: 4,
 }
+CACHE_TYPES = {torch.bfloat16: 0, torch.float32: 2, torch.int8: 5}
 
 
 class WeightStruct(Structure):
@@ -101,6 +102,9 @@ class CacheStruct(Structure):
     _fields_ = (
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("key_scales", c_void_p),
+        ("value_scales", c_void_p),
+        ("head_bytes", c_int64),
         ("type", c_int32),
         ("block_size", c_int32),
     )

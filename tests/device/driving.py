@@ -60,12 +60,14 @@ def whole_logits(model: Model, token_ids: Sequence[int]) -> Tensor:
 
 
 @torch.inference_mode()
-def chunked_logits(model: Model, prompts: Sequence[Sequence[int]], *, sizes: Sequence[int]) -> list[Tensor]:
+def chunked_logits(
+    model: Model, prompts: Sequence[Sequence[int]], *, sizes: Sequence[int], dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     """Logits of every position of every prompt, all prompts in one batch, prompt i by sizes[i] tokens a step.
 
     Blocks are dealt out in turn, so that no prompt's blocks lie side by side.
     """
-    cache = cache_for(model)
+    cache = cache_for(model, dtype=dtype)
     requests = [Request(str(i), list(ids), GREEDY) for i, ids in enumerate(prompts)]
     blocks = [tuple(range(i, cache.num_blocks, len(prompts))) for i in range(len(prompts))]
     logits: list[list[Tensor]] = [[] for _ in prompts]

@@ -28,6 +28,7 @@ from tests.device.driving import (
 from tests.device.quantizing import imitate, quantize_int4, quantize_int8
 from tests.tiny import make_model
 
+FLOAT32, INT8 = torch.float32, torch.int8
 MODELS: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "gpt2": {},
@@ -69,6 +70,13 @@ def test_logits(model_type: str) -> None:
     assert_close(whole_logits(ours, prompts[0]), expected[0])
     for found, wanted in zip(chunked_logits(ours, prompts, sizes=[16, 1]), expected, strict=True):
         assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("model_type", ["starcoder2", "deepseek_v3"])
+def test_a_cache_of_codes_is_close(model_type: str) -> None:
+    ours = _load(make_model(model_type, **MODELS[model_type]))
+    exact, rounded = (chunked_logits(ours, [prompt(60)], sizes=[16], dtype=dtype)[0] for dtype in (FLOAT32, INT8))
+    assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.02
 
 
 @pytest.mark.parametrize("model_type", ["gpt_neox", "starcoder2"])

@@ -186,14 +186,15 @@ def test_a_chunk_may_read_what_another_one_of_the_step_writes(model: Decoder) ->
         assert answer.token_id == int(whole_logits(model, request.token_ids)[-1].argmax())
 
 
-def test_a_bfloat16_cache_is_close(model: Decoder) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_a_rounded_cache_is_close(model: Decoder, dtype: torch.dtype) -> None:
     request = _request(prompt(40), logprobs=1)
     chunk = Chunk(request=request, start=0, end=40, block_ids=_blocks(0))
 
-    def run(dtype: torch.dtype) -> Sampled:
-        return ModelRunner(model, cache_for(model, dtype=dtype), device=CPU).run([chunk])[0]
+    def run(kind: torch.dtype) -> Sampled:
+        return ModelRunner(model, cache_for(model, dtype=kind), device=CPU).run([chunk])[0]
 
-    exact, rounded = run(torch.float32), run(torch.bfloat16)
+    exact, rounded = run(torch.float32), run(dtype)
     assert exact.logprobs[0].logprob == pytest.approx(rounded.logprobs[0].logprob, abs=0.1)
     assert exact.logprobs[0].logprob != rounded.logprobs[0].logprob
 

@@ -34,8 +34,8 @@ def quantize(weights: dict[str, Weight], activation: ActivationQuantization) -> 
     }
 
 
-def load(family: str, ops: Ops, activation: ActivationQuantization | None = None) -> Decoder:
-    theirs = make_model(family)
+def load(family: str, ops: Ops, activation: ActivationQuantization | None = None, **changes: int) -> Decoder:
+    theirs = make_model(family, **changes)
     spec = read_spec(config_of(theirs))
     assert spec is not None
     weights = weights_of(theirs)
@@ -44,14 +44,14 @@ def load(family: str, ops: Ops, activation: ActivationQuantization | None = None
     return load_decoder(spec, weights, ops=ops, device=CPU, max_positions=512)
 
 
-def cache_of(decoder: Decoder) -> KVCache:
-    return make_cache(decoder.cache_shapes, num_blocks=40, block_size=BLOCK_SIZE, dtype=torch.float32, device=CPU)
+def cache_of(decoder: Decoder, dtype: torch.dtype) -> KVCache:
+    return make_cache(decoder.cache_shapes, num_blocks=40, block_size=BLOCK_SIZE, dtype=dtype, device=CPU)
 
 
 @torch.inference_mode()
-def logits_of(decoder: Decoder, *, seed: int | None) -> list[Tensor]:
+def logits_of(decoder: Decoder, *, seed: int | None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Of all positions of all sequences: at once, or in random chunks with sequences joining and pausing at random."""
-    cache, chooser = cache_of(decoder), random.Random(seed)
+    cache, chooser = cache_of(decoder, dtype), random.Random(seed)
     ids = torch.Generator().manual_seed(0)
     requests = [
         Request(str(index), torch.randint(3, 512, (length,), generator=ids).tolist(), PARAMS)
@@ -98,6 +98,16 @@ def test_no_schedule_changes_a_bit(variant: str, activation: ActivationQuantizat
         assert all(torch.equal(found, wanted) for found, wanted in zip(scheduled, whole, strict=True)), seed
     alone = logits_of(load("llama", open_variant(variant, 1), activation), seed=2)
     assert all(torch.equal(found, wanted) for found, wanted in zip(alone, whole, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nor_does_one_over_a_rounded_cache(variant: str, dtype: torch.dtype) -> None:
+    whole = logits_of(load("gemma2", open_variant(variant), head_dim=64), seed=None, dtype=dtype)
+    for seed, threads in ((0, 2), (1, 1)):
+        decoder = load("gemma2", open_variant(variant, threads), head_dim=64)
+        scheduled = logits_of(decoder, seed=seed, dtype=dtype)
+        assert all(torch.equal(found, wanted) for found, wanted in zip(scheduled, whole, strict=True)), seed
 
 
 def test_a_second_cache_has_recordings_of_its_own() -> None:

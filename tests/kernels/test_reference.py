@@ -12,6 +12,7 @@ from qserve.engine.request import Chunk, Request, SamplingParams
 from qserve.kernels.linear import join_biases, join_weights
 from qserve.kernels.ops import Activation, AttentionSpec, Batch, CacheLayer, Norm, NormKind, Rotary
 from qserve.kernels.reference import ReferenceOps, normalize
+from qserve.kernels.reference_attention import quantize_heads
 from qserve.quant.weight import QuantizedWeight
 
 CPU = torch.device("cpu")
@@ -56,6 +57,36 @@ def _attend_row(query: Tensor, position: int, table: Tensor, attention: Attentio
         shares = torch.softmax(torch.tensor(scores, dtype=torch.float64), dim=0)
         outputs.append(sum(share * cache.values[place].double() for share, place in zip(shares, places, strict=True)))
     return torch.cat([torch.as_tensor(output) for output in outputs])
+
+
+def test_heads_as_codes() -> None:
+    heads = torch.randn(50, 3, 20) * torch.rand(50, 3, 1) * 100
+    heads[0, 0], heads[1, 1, :4] = 0, torch.tensor([-127.0, 0.5, 1.5, 126.5])
+    heads[1, 1, 4:] = 0
+    codes, scales = quantize_heads(heads)
+    assert codes[0, 0].tolist() == [0] * 20
+    assert codes[1, 1, :4].tolist() == [-127, 0, 2, 126]  # ties to even
+    assert (heads - codes * scales.unsqueeze(-1)).abs().amax(-1).le(scales * 0.50001).all()
+    assert codes[2:].abs().amax(-1).eq(127).all()
+
+
+def test_attention_over_codes_is_that_over_what_they_stand_for() -> None:
+    batch, plain = _batch(), _cache()
+    (key_codes, key_scales), (value_codes, value_scales) = (
+        quantize_heads(part.flatten(1, 2)) for part in (plain.keys, plain.values)
+    )
+    codes = CacheLayer(
+        keys=key_codes.view(plain.keys.shape),
+        values=value_codes.view(plain.values.shape),
+        key_scales=key_scales.view(plain.keys.shape[:3]),
+        value_scales=value_scales.view(plain.values.shape[:3]),
+    )
+    rounded = CacheLayer(
+        keys=(key_codes * key_scales.unsqueeze(-1)).view(plain.keys.shape),
+        values=(value_codes * value_scales.unsqueeze(-1)).view(plain.values.shape),
+    )
+    qkv = torch.randn(len(batch.token_ids), (4 + 2 + 2) * 6)
+    assert torch.equal(OPS.attend(qkv, ATTENTION, batch, codes), OPS.attend(qkv, ATTENTION, batch, rounded))
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,10 @@ void run_attend(const Stage& stage, Scratch& scratch, Team& team) {
   const Layout layout(stage);
   const Plan plan = make_plan(layout, kTasksPerThread * team.size());
   const States partials = take_states(scratch, plan.slots, layout.padded_dim);
-  const auto attend = layout.blocks.is_tiles ? attend_tiles : attend_lanes;
+  const bool is_tiles = layout.blocks.is_tiles;
+  const auto attend_floats = is_tiles ? attend_tiles : attend_lanes;
+  const auto attend_codes = is_tiles ? attend_code_tiles : attend_code_lanes;
+  const auto attend = layout.cache.type == kCodes ? attend_codes : attend_floats;
   team.run((int64_t)plan.tasks.size(), [&](int64_t task) { attend(layout, plan.tasks[task], partials); });
   const int num_kv_heads = layout.attention.num_kv_heads;
   team.run((int64_t)plan.split.size() * num_kv_heads, [&](int64_t task) {

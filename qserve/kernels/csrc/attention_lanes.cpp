@@ -1,6 +1,4 @@
 // Attention on vectors: keys and values in lanes, float32 or bfloat16, any head size and block size.
-#include <type_traits>
-
 #include "attention_work.h"
 
 namespace qserve {
@@ -48,15 +46,6 @@ QSERVE_INLINE float load_one(const char* from, int64_t index) {
   float value;
   memcpy(&value, &bits, sizeof value);
   return value;
-}
-
-// Runs body(std::integral_constant<int, count>()).
-template <class Body>
-QSERVE_INLINE void with_count(int64_t count, const Body& body) {
-  if (count >= 4) return body(std::integral_constant<int, 4>());
-  if (count == 3) return body(std::integral_constant<int, 3>());
-  if (count == 2) return body(std::integral_constant<int, 2>());
-  return body(std::integral_constant<int, 1>());
 }
 
 // Type: of the numbers that pieces point to.
@@ -120,18 +109,19 @@ class LaneKernel {
   // Copies a piece whose steps do not stand in one block each.
   template <int Stored>
   void collect(Piece& piece) {
-    const int64_t size = layout_.blocks.block_size;
+    const CacheLayout& blocks = layout_.blocks;
     for (int s = 0; s < piece.steps; ++s) {
       piece.keys[s] = (const char*)(keys_ + s * kStep * head_dim_);
       piece.values[s] = (const char*)(values_ + s * kStep * head_dim_);
     }
     for (int64_t i = 0; i < piece.end - piece.begin; ++i) {
-      const int64_t position = piece.begin + i, at = position % size;
+      const int64_t position = piece.begin + i, at = position % blocks.block_size;
       const int64_t start = layout_.head_start(task_.chunk, position, piece.kv_head);
+      const char *keys = (const char*)layout_.cache.keys + start, *values = (const char*)layout_.cache.values + start;
       float* key = keys_ + i / kStep * kStep * head_dim_ + i % kStep;
       for (int64_t d = 0; d < head_dim_; ++d) {
-        key[d * kStep] = load_one<Stored>((const char*)layout_.cache.keys, start + d * size + at);
-        values_[i * head_dim_ + d] = load_one<Stored>((const char*)layout_.cache.values, start + at * head_dim_ + d);
+        key[d * kStep] = load_one<Stored>(keys, blocks.key_offset(at, d));
+        values_[i * head_dim_ + d] = load_one<Stored>(values, blocks.value_offset(at, d));
       }
     }
   }

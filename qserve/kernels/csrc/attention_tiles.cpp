@@ -13,7 +13,6 @@ namespace {
 
 constexpr int kDepth = 32;    // dimensions of a tile of keys
 constexpr int kColumns = 16;  // dimensions of a tile of values
-constexpr int kTogether = 4;  // queries whose softmax is computed at once
 
 // Tiles 0 to 3 are sums, one row a query. To score, 2 and 3 are the upper and lower half of 32 dimensions of the
 // queries, 4 is the keys of 16 positions. To mix, 6 and 7 are the halves of 16 positions' weights, 5 is their values.
@@ -92,9 +91,8 @@ class TileKernel {
 
   void attend(const Piece& piece, int64_t first, int64_t count, const Piece& next, const States& states) {
     score(piece, first);
-    int64_t i = 0;
-    for (; i + kTogether <= count; i += kTogether) weigh_some<kTogether>(piece, first, i, states);
-    for (; i < count; ++i) weigh_some<1>(piece, first, i, states);
+    for (int64_t i = 0; i < count; i += kTogether)
+      with_count(count - i, [&](auto some) { weigh_some<decltype(some)::value>(piece, first, i, states); });
     int64_t column = 0;
     for (; column + 4 * kColumns <= head_dim_; column += 4 * kColumns) mix<4>(piece, column, next, states.values);
     if (column < head_dim_) mix<2>(piece, column, next, states.values);

@@ -11,6 +11,7 @@
 // order. So one thread over all parts and many threads over one each have the same bits, and so has any chunking:
 // a position that a row may not see adds exact zeros.
 #pragma once
+#include <type_traits>
 #include <vector>
 
 #include "cache_layout.h"
@@ -22,6 +23,15 @@ constexpr int kPart = 128, kSteps = kPart / kStep;
 constexpr int kQueries = 16;        // computed together: as many as a tile has rows
 constexpr float kNothing = -1e30f;  // a maximum over no position
 constexpr float kLog2E = 1.44269504f;
+
+// Runs body(std::integral_constant<int, count>()), of four at most.
+template <class Body>
+QSERVE_INLINE void with_count(int64_t count, const Body& body) {
+  if (count >= 4) return body(std::integral_constant<int, 4>());
+  if (count == 3) return body(std::integral_constant<int, 3>());
+  if (count == 2) return body(std::integral_constant<int, 2>());
+  return body(std::integral_constant<int, 1>());
+}
 
 // Query rows [begin, end) of one chunk with kv heads [kv_head, kv_end), over parts [part, part_end).
 struct Task {
@@ -39,6 +49,8 @@ struct Piece {
   int steps;           // 0: no piece at all
   const char* keys[kSteps];
   const char* values[kSteps];
+  const float* key_scales[kSteps];  // of codes
+  const float* value_scales[kSteps];
 };
 
 // The running softmax of some queries, a group's heads after another's, row by row. Space for whole vectors of queries.
@@ -88,14 +100,17 @@ inline Piece make_piece(const Layout& layout, const Task& task, int kv_head, int
   const CacheLayout& blocks = layout.blocks;
   const int64_t seen = layout.first_position(task.begin) / kStep * kStep, last = layout.last_position(task.end - 1) + 1;
   const int64_t start = (int64_t)part * kPart;
-  Piece piece = {kv_head, seen > start ? seen : start, last < start + kPart ? last : start + kPart, 0, {}, {}};
+  Piece piece = {kv_head, seen > start ? seen : start, last < start + kPart ? last : start + kPart, 0, {}, {}, {}, {}};
   piece.steps = (int)((piece.end - piece.begin + kStep - 1) / kStep);
   if (!blocks.has_whole_steps()) return piece;
   for (int s = 0; s < piece.steps; ++s) {
     const int64_t position = piece.begin + s * kStep, at = position % blocks.block_size;
     const int64_t start_of_head = layout.head_start(task.chunk, position, kv_head);
-    piece.keys[s] = (const char*)layout.cache.keys + (start_of_head + blocks.key_offset(at)) * blocks.element;
-    piece.values[s] = (const char*)layout.cache.values + (start_of_head + blocks.value_offset(at)) * blocks.element;
+    piece.keys[s] = (const char*)layout.cache.keys + start_of_head + blocks.key_offset(at) * blocks.element;
+    piece.values[s] = (const char*)layout.cache.values + start_of_head + blocks.value_offset(at) * blocks.element;
+    if (layout.cache.type != kCodes) continue;
+    piece.key_scales[s] = (const float*)((const char*)layout.cache.key_scales + start_of_head) + at;
+    piece.value_scales[s] = (const float*)((const char*)layout.cache.value_scales + start_of_head) + at;
   }
   return piece;
 }
@@ -116,12 +131,14 @@ QSERVE_INLINE void fetch_keys(const CacheLayout& blocks, const Piece& piece, int
   if (step >= piece.steps || piece.keys[step] == nullptr) return;
   const int64_t stride = blocks.key_stride() * blocks.element;
   for (int64_t row = 0; row < blocks.key_rows(); ++row) __builtin_prefetch(piece.keys[step] + row * stride, 0, kSecondLevel);
+  if (piece.key_scales[step] != nullptr) __builtin_prefetch(piece.key_scales[step], 0, kSecondLevel);
 }
 
 QSERVE_INLINE void fetch_values(const CacheLayout& blocks, const Piece& piece, int step) {
   if (piece.values[step] == nullptr) return;
   const int64_t bytes = kStep * blocks.head_dim * blocks.element;
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(piece.values[step] + at, 0, kSecondLevel);
+  if (piece.value_scales[step] != nullptr) __builtin_prefetch(piece.value_scales[step], 0, kSecondLevel);
 }
 
 inline States take_states(Scratch& scratch, int64_t count, int64_t padded_dim) {
@@ -196,6 +213,8 @@ QSERVE_INLINE float limit(const Scale& scale, const Span& span, float* scores, i
   return max_lanes(most);
 }
 
+constexpr int kTogether = 4;  // queries whose softmax is computed at once
+
 // Turns the scores of Count queries, kPart apart, into weights, two steps at a time: put(query, step, weights, weights of
 // the next step). Several at once, for each waits long for its own maximum and sum.
 template <int Count, class Put>
@@ -220,7 +239,8 @@ QSERVE_INLINE void weigh(const Scale& scale, const Span* spans, float* scores, i
 }
 
 // One task, by a kernel: Kernel(layout, task, scratch); start(kv_head) reads its queries; prepare(piece) may put better
-// addresses into a piece; attend(piece, first, next, states) fills the states of up to kQueries queries from `first`.
+// addresses into a piece; attend(piece, first, count, next, states) fills the states of up to kQueries queries from
+// `first`, and fetches what `next` begins with.
 template <class Kernel>
 void attend_task(const Layout& layout, const Task& task, const States& partials) {
   Scratch& scratch = thread_scratch();
@@ -251,7 +271,8 @@ void attend_task(const Layout& layout, const Task& task, const States& partials)
   }
 }
 
-void attend_lanes(const Layout& layout, const Task& task, const States& partials);
-void attend_tiles(const Layout& layout, const Task& task, const States& partials);  // where blocks.is_tiles
+using Attend = void(const Layout& layout, const Task& task, const States& partials);
+Attend attend_lanes, attend_tiles;            // over floats; tiles where blocks.is_tiles
+Attend attend_code_lanes, attend_code_tiles;  // over int8
 
 }  // namespace qserve

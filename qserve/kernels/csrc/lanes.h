@@ -85,6 +85,25 @@ QSERVE_INLINE float max_lanes(F32 x) {
 
 #endif
 
+// Sizes are compared as whole numbers, for which a NaN is larger than any: it is never passed over.
+QSERVE_INLINE F32 larger_size(F32 sizes, F32 x) {
+  const I32 a = (I32)sizes, b = (I32)magnitude(x);
+  return (F32)(a > b ? a : b);
+}
+
+QSERVE_INLINE float max_size(F32 sizes) {
+#if defined(__AVX512F__)
+  const int32_t most = _mm512_reduce_max_epi32((__m512i)sizes);
+#else
+  int32_t lane[kLanes], most = 0;
+  store(lane, sizes);
+  for (int32_t size : lane) most = size > most ? size : most;
+#endif
+  float size;
+  memcpy(&size, &most, sizeof size);
+  return size;
+}
+
 #if defined(__AVX512F__)
 
 QSERVE_INLINE F32 fused(F32 a, F32 b, F32 c) { return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }

@@ -31,6 +31,55 @@ uint16_t to_bf16(float x) {
   return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
+constexpr float kLeastSize = 1e-30f;  // of a head, so that no scale is zero
+
+// Sixteen codes at a time, put(d, codes), and the scale that they are multiples of. `reference_attention.py` says the
+// same, operation by operation.
+template <class Put>
+float quantize_head(const float* head, int64_t head_dim, const Put& put) {
+  F32 sizes = splat(kLeastSize);
+  for (int64_t d = 0; d < head_dim; d += kLanes) sizes = larger_size(sizes, load_some(head + d, (int)(head_dim - d)));
+  const float scale = max_size(sizes) * (1.0f / 127);
+  const F32 inverse = splat(1.0f / scale);
+  for (int64_t d = 0; d < head_dim; d += kLanes)
+    put(d, narrow(round_to_int(load_some(head + d, (int)(head_dim - d)) * inverse)));
+  return scale;
+}
+
+// Four dimensions of a key are a word of their row.
+void put_key_codes(const CacheLayout& blocks, int8_t* keys, int64_t at, int64_t d, I8x16 codes) {
+  const int64_t count = blocks.head_dim - d < kLanes ? blocks.head_dim - d : kLanes;
+  alignas(16) int8_t bytes[kLanes];
+  store(bytes, codes);
+  if (blocks.together == 4)
+    for (int64_t i = 0; i < count; i += 4) memcpy(keys + blocks.key_offset(at, d + i), bytes + i, 4);
+  else
+    for (int64_t i = 0; i < count; ++i) keys[blocks.key_offset(at, d + i)] = bytes[i];
+}
+
+// A dimension of a value is a byte of a word, whose other three are the positions beside it.
+void put_value_codes(const CacheLayout& blocks, int8_t* values, int64_t at, int64_t d, I8x16 codes) {
+#if defined(__AVX512BW__)
+  if (blocks.together == 4 && blocks.head_dim - d >= kLanes) {
+    const int64_t byte = at % 4;
+    const __m512i words = _mm512_slli_epi32((__m512i)widen(codes), (unsigned)(8 * byte));
+    return _mm512_mask_storeu_epi8(values + blocks.value_offset(at - byte, d), 0x1111111111111111u << byte, words);
+  }
+#endif
+  const int64_t count = blocks.head_dim - d < kLanes ? blocks.head_dim - d : kLanes;
+  for (int64_t i = 0; i < count; ++i) values[blocks.value_offset(at, d + i)] = codes[i];
+}
+
+void store_codes(const CacheLayout& blocks, const Cache& cache, const float* key, const float* value, int64_t start,
+                 int64_t at) {
+  int8_t *keys = (int8_t*)cache.keys + start, *values = (int8_t*)cache.values + start;
+  const auto scale_at = [&](float* scales) -> float& { return *((float*)((char*)scales + start) + at); };
+  scale_at(cache.key_scales) = quantize_head(
+      key, blocks.head_dim, [&](int64_t d, I8x16 codes) { put_key_codes(blocks, keys, at, d, codes); });
+  scale_at(cache.value_scales) = quantize_head(
+      value, blocks.head_dim, [&](int64_t d, I8x16 codes) { put_value_codes(blocks, values, at, d, codes); });
+}
+
 // One head's key and value, to where its position begins.
 template <int Type>
 void store_lanes(const CacheLayout& blocks, const float* key, const float* value, void* keys, void* values) {
@@ -70,10 +119,14 @@ void store_row(const CacheLayout& blocks, const Cache& cache, const float* keys,
   for (int head = 0; head < blocks.num_kv_heads; ++head) {
     const int64_t start = blocks.head_start(block, head);
     const float *key = keys + head * blocks.head_dim, *value = values + head * blocks.head_dim;
-    void* to_key = (char*)cache.keys + (start + blocks.key_offset(at)) * blocks.element;
-    void* to_value = (char*)cache.values + (start + blocks.value_offset(at)) * blocks.element;
+    if (cache.type == kCodes) {
+      store_codes(blocks, cache, key, value, start, at);
+      continue;
+    }
+    void* to_key = (char*)cache.keys + start + blocks.key_offset(at) * blocks.element;
+    void* to_value = (char*)cache.values + start + blocks.value_offset(at / blocks.together * blocks.together) * blocks.element;
 #if defined(__AMX_BF16__)
-    if (blocks.is_tiles) {
+    if (blocks.together == 2) {
       store_tiles(blocks, key, value, to_key, to_value, at % 2 == 1);
       continue;
     }

@@ -69,10 +69,15 @@ struct Attention {
   int heads_per_kv() const { return num_heads / num_kv_heads; }
 };
 
+constexpr int32_t kCodes = 5;  // beside FloatType: int8, times a scale
+
 struct Cache {
   void* keys;  // (blocks, kv_heads, block_size * head_dim) of type, laid out as cache_layout.h says
   void* values;
-  int32_t type;  // FloatType, kF32 or kBF16
+  float* key_scales;  // (blocks, kv_heads, block_size) with kCodes, else null
+  float* value_scales;
+  int64_t head_bytes;  // from one kv head of a block to the next, in each of the four
+  int32_t type;        // kF32, kBF16 or kCodes
   int32_t block_size;
 };
 

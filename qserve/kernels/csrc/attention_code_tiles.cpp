@@ -1,0 +1,140 @@
+// Attention over int8 codes by AMX, for any number of rows. Up to eight queries, the heads that share a kv head, are one
+// tile, upper and lower bytes together; more are two.
+#include <utility>
+
+#include "attention_codes.h"
+
+namespace qserve {
+
+#if defined(__AMX_INT8__)
+
+namespace {
+
+constexpr int kDepth = 64;  // dimensions of a tile of keys, positions of a tile of values
+
+// Tiles 0 to 3 are sums, 4 and 5 queries or weights, 6 and 7 codes.
+class CodeTiles {
+ public:
+  explicit CodeTiles(int64_t rows) {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {};
+    } config;
+    for (int tile = 0; tile < 8; ++tile) config.rows[tile] = (uint8_t)(tile < 6 ? rows : kDepth / 4);
+    asm volatile("" : : "r"(&config) : "memory");  // written before it is read
+    _tile_loadconfig(&config);
+  }
+  ~CodeTiles() { _tile_release(); }
+  CodeTiles(const CodeTiles&) = delete;
+  CodeTiles& operator=(const CodeTiles&) = delete;
+};
+
+constexpr int64_t kTile = 16 * kLanes;  // sums
+
+// Rows of bytes, (Tiles * tile's rows, depth), times tiles of codes side by side: at(column, depth / 64). One tile of
+// sums after another: of each column all, or first those of the upper rows.
+template <int Tiles, int... Columns, class Address>
+QSERVE_INLINE void multiply(std::integer_sequence<int, Columns...>, const int8_t* rows, int64_t stride, int64_t depth,
+                            const Address& at, int64_t code_stride, int32_t* sums) {
+  (tile_zero<Columns * Tiles>(), ...);
+  if constexpr (Tiles == 2) (tile_zero<Columns * 2 + 1>(), ...);
+  for (int64_t d = 0; d < depth; d += kDepth) {
+    tile_load<4>(rows + d, stride);
+    if constexpr (Tiles == 2) tile_load<5>(rows + kQueries * stride + d, stride);
+    const auto add = [&](auto column) {
+      constexpr int kColumn = decltype(column)::value, kCodes = 6 + kColumn % 2;
+      tile_load<kCodes>(at(kColumn, d / kDepth), code_stride);
+      tile_dot<false, kColumn * Tiles, 4, kCodes>();
+      if constexpr (Tiles == 2) tile_dot<false, kColumn * Tiles + 1, 5, kCodes>();
+    };
+    (add(std::integral_constant<int, Columns>()), ...);
+  }
+  (tile_store<Columns * Tiles>(sums + Columns * Tiles * kTile), ...);
+  if constexpr (Tiles == 2) (tile_store<Columns * 2 + 1>(sums + (Columns * 2 + 1) * kTile), ...);
+}
+
+class CodeTileKernel : public CodeKernel<CodeTileKernel> {
+ public:
+  CodeTileKernel(const Layout& layout, const Task& task, Scratch& scratch)
+      : CodeKernel(layout, task, scratch), tiles_(rows_ < kQueries ? 2 * rows_ : kQueries) {
+    values_ = scratch.take<char>(kPart * head_dim_);
+  }
+
+  void score(const Piece& piece, int64_t first, int64_t count) {
+    const int64_t stride = layout_.blocks.key_stride();
+    const auto keys = [&](int64_t step, int64_t d) { return piece.keys[step] + d * (kDepth / 4) * stride; };
+    multiply_all(count, piece.steps, {query_row(first), depth_, depth_}, keys, stride,
+                 [&](int64_t i, int64_t step, I32 upper, I32 lower) {
+                   put_scores(piece, first, i, (int)step, upper, lower);
+                 });
+  }
+
+  // The values of four steps are a tile's rows only where they stand behind each other.
+  void mix(const Piece& piece, int64_t first, int64_t count, float* values) {
+    const int64_t bytes = kStep * head_dim_;
+    for (int s = 0; s < piece.steps && first == 0; ++s) memcpy(values_ + s * bytes, piece.values[s], bytes);
+    const auto codes = [&](int64_t column, int64_t d) { return values_ + d * 4 * bytes + column * kLanes * 4; };
+    multiply_all(count, layout_.padded_dim / kLanes, {weight_row(0), kPart, (piece.steps + 3) / 4 * kDepth}, codes,
+                 head_dim_ * 4, [&](int64_t i, int64_t column, I32 upper, I32 lower) {
+                   store(values + i * layout_.padded_dim + column * kLanes,
+                         join_whole(upper, lower) * splat(weight_factors_[i]));
+                 });
+  }
+
+ private:
+  struct Rows {
+    const int8_t* bytes;
+    int64_t stride, depth;
+  };
+
+  // put(row, column, upper sums, lower sums) for all columns; a few behind those that are multiplied, for sums take
+  // their time.
+  template <class Address, class Put>
+  QSERVE_INLINE void multiply_all(int64_t count, int64_t columns, Rows rows, const Address& at, int64_t code_stride,
+                                  const Put& put) {
+    const bool is_one = rows_ < kQueries;
+    const int64_t widest = is_one ? 4 : 2, lower = is_one ? rows_ * kLanes : kTile, next = is_one ? kTile : 2 * kTile;
+    for (int64_t column = 0; column < columns + widest; column += widest) {
+      if (column < columns) multiply_some(columns - column, rows, [&](int c, int64_t d) { return at(column + c, d); },
+                                          code_stride, sums_[column / widest % 2]);
+      if (column == 0) continue;
+      const int32_t* sums = sums_[(column / widest - 1) % 2];
+      const int64_t width = columns < column ? columns - (column - widest) : widest;
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t c = 0; c < width; ++c) {
+          const int32_t* from = sums + c * next + i * kLanes;
+          put(i, column - widest + c, load<I32>(from), load<I32>(from + lower));
+        }
+    }
+  }
+
+  template <class Address>
+  QSERVE_INLINE void multiply_some(int64_t columns, Rows rows, const Address& at, int64_t code_stride, int32_t* sums) {
+    with_count(columns, [&](auto some) {
+      constexpr int kOne = decltype(some)::value, kTwo = kOne < 2 ? 1 : 2;
+      if (rows_ < kQueries)
+        multiply<1>(std::make_integer_sequence<int, kOne>(), rows.bytes, rows.stride, rows.depth, at, code_stride, sums);
+      else
+        multiply<2>(std::make_integer_sequence<int, kTwo>(), rows.bytes, rows.stride, rows.depth, at, code_stride, sums);
+    });
+  }
+
+  CodeTiles tiles_;
+  char* values_;
+  alignas(64) int32_t sums_[2][4 * kTile];
+};
+
+}  // namespace
+
+void attend_code_tiles(const Layout& layout, const Task& task, const States& partials) {
+  attend_task<CodeTileKernel>(layout, task, partials);
+}
+
+#else
+
+void attend_code_tiles(const Layout&, const Task&, const States&) {}
+
+#endif
+
+}  // namespace qserve

@@ -1,0 +1,148 @@
+// What the two kernels of attention over int8 codes share. Both multiply whole numbers, exactly, so that they have the
+// same sums whatever order their instructions add in:
+//
+//     score[j]  = query_factor * key_scale[j]  *  sum_d query[d] key_code[j][d]        query, weight: 16 bits, as
+//     value[d]  = weight_factor                *  sum_j weight[j] value_code[j][d]     256 * upper + lower, two bytes
+//
+// weight[j] stands for exp(score[j]) * value_scale[j]. A query's factor is made for its largest number, a weight's for
+// the largest of its part; what that rounds away is a hundredth of what the cache's own codes do.
+#pragma once
+#include "attention_work.h"
+
+namespace qserve {
+
+constexpr float kMostWhole = 127 * 256 + 127;
+constexpr float kLeast = 1e-30f;  // so that nothing is divided by zero
+
+// The whole numbers next to 64, each in two bytes.
+QSERVE_INLINE void split_whole(const F32 (&x)[4], int8_t* upper, int8_t* lower) {
+#if defined(__AVX512BW__)
+  // Packing takes quarters of two vectors by turns, twice; in the end they are put in order.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const auto pack = [&](int i) {
+    return _mm512_packs_epi32((__m512i)round_to_int(x[i]), (__m512i)round_to_int(x[i + 1]));
+  };
+  const __m512i left = pack(0), right = pack(2), half = _mm512_set1_epi16(128);
+  const __m512i left_upper = _mm512_srai_epi16(_mm512_add_epi16(left, half), 8);
+  const __m512i right_upper = _mm512_srai_epi16(_mm512_add_epi16(right, half), 8);
+  const __m512i left_lower = _mm512_sub_epi16(left, _mm512_slli_epi16(left_upper, 8));
+  const __m512i right_lower = _mm512_sub_epi16(right, _mm512_slli_epi16(right_upper, 8));
+  store(upper, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(left_upper, right_upper)));
+  store(lower, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(left_lower, right_lower)));
+#else
+  for (int i = 0; i < 4; ++i) {
+    const I32 whole = round_to_int(x[i]);
+    store(upper + i * kLanes, narrow((whole + splat(128)) >> 8));
+    store(lower + i * kLanes, narrow(whole));
+  }
+#endif
+}
+
+QSERVE_INLINE F32 join_whole(I32 upper, I32 lower) { return fused(to_float(upper), splat(256.0f), to_float(lower)); }
+
+// Kernel: score(piece, first, count) fills the scores of so many queries, mix(piece, first, count, values) their values.
+// The bytes of queries, and of weights, stand in rows: of a group of queries first all upper ones, then all lower.
+template <class Kernel>
+class CodeKernel {
+ public:
+  CodeKernel(const Layout& layout, const Task& task, Scratch& scratch)
+      : layout_(layout),
+        task_(task),
+        count_(layout.count_queries(task)),
+        head_dim_(layout.attention.head_dim),
+        depth_((head_dim_ + 63) / 64 * 64),
+        rows_(count_ <= kQueries / 2 ? count_ : kQueries),
+        scale_(layout.attention) {
+    const int64_t groups = (count_ + rows_ - 1) / rows_;
+    queries_ = scratch.take<int8_t>(groups * 2 * rows_ * depth_);
+    factors_ = scratch.take<float>(count_);
+  }
+
+  void start(int kv_head) {
+    for (int64_t i = 0; i < count_; ++i) {
+      const float* query = layout_.query(task_, kv_head, i);
+      F32 sizes = splat(kLeast);
+      for (int64_t d = 0; d < head_dim_; d += kLanes) sizes = larger_size(sizes, load_some(query + d, (int)(head_dim_ - d)));
+      const float most = max_size(sizes);
+      int8_t* upper = query_row(i);
+      const F32 factor = splat(kMostWhole / most);
+      for (int64_t d = 0; d < depth_; d += 4 * kLanes) {
+        F32 some[4];
+        for (int v = 0; v < 4; ++v) some[v] = load_some(query + d + v * kLanes, (int)(head_dim_ - d) - v * kLanes) * factor;
+        split_whole(some, upper + d, upper + rows_ * depth_ + d);
+      }
+      factors_[i] = most / kMostWhole * scale_.factor;
+    }
+  }
+
+  void prepare(Piece& piece) {
+    if (piece.steps < kSteps) piece.value_scales[piece.steps] = piece.value_scales[piece.steps - 1];
+  }
+
+  void attend(const Piece& piece, int64_t first, int64_t count, const Piece& next, const States& states) {
+    Kernel& kernel = *(Kernel*)this;
+    for (int s = 0; s < piece.steps && first == 0; ++s) fetch_values(layout_.blocks, piece, s);
+    kernel.score(piece, first, count);
+    for (int64_t i = 0; i < count; i += kTogether)
+      with_count(count - i, [&](auto some) { weigh_some<decltype(some)::value>(piece, first, i, states); });
+    for (int s = 0; s < next.steps; ++s) fetch_keys(layout_.blocks, next, s);
+    kernel.mix(piece, first, count, states.values);
+  }
+
+ protected:
+  int8_t* query_row(int64_t index) const {
+    return queries_ + (index / rows_ * 2 * rows_ + index % rows_) * depth_;
+  }
+  // Of a query of the group under way.
+  int8_t* weight_row(int64_t index) { return weights_ + index * kPart; }
+
+  QSERVE_INLINE void put_scores(const Piece& piece, int64_t first, int64_t index, int step, I32 upper, I32 lower) {
+    const F32 scales = load<F32>(piece.key_scales[step]) * splat(factors_[first + index]);
+    store(scores_ + index * kPart + step * kStep, join_whole(upper, lower) * scales);
+  }
+
+  const Layout& layout_;
+  const Task& task_;
+  int64_t count_, head_dim_, depth_;
+  int64_t rows_;  // from a query's upper bytes to its lower ones; as many as a group has queries
+  Scale scale_;
+  float weight_factors_[kQueries];
+
+ private:
+  template <int Count>
+  void weigh_some(const Piece& piece, int64_t first, int64_t index, const States& states) {
+    Span spans[Count];
+    F32 most[Count];
+    for (int q = 0; q < Count; ++q) spans[q] = Span(layout_, task_, piece, first + index + q), most[q] = splat(kLeast);
+    float* scores = scores_ + index * kPart;
+    // What no row may see has any scale, even none that is a number.
+    const auto times = [](F32 weights, const float* scales) { return weights > F32{} ? weights * load<F32>(scales) : F32{}; };
+    weigh<Count>(scale_, spans, scores, piece.steps, states_from(states, index, 0), [&](int q, int s, F32 some, F32 more) {
+      some = times(some, piece.value_scales[s]), more = times(more, piece.value_scales[s + 1]);
+      store(scores + q * kPart + s * kStep, some);
+      store(scores + q * kPart + (s + 1) * kStep, more);
+      most[q] = larger_size(larger_size(most[q], some), more);
+    });
+    for (int q = 0; q < Count; ++q) split_weights(index + q, max_size(most[q]), piece.steps);
+  }
+
+  // Up to a whole number of four steps, for a tile is as deep.
+  void split_weights(int64_t index, float most, int steps) {
+    const float* weights = scores_ + index * kPart;
+    int8_t* upper = weight_row(index);
+    const F32 factor = splat(kMostWhole / most);
+    for (int s = 0; s < steps; s += 4) {
+      F32 some[4];
+      for (int v = 0; v < 4; ++v) some[v] = s + v < steps ? load<F32>(weights + (s + v) * kStep) * factor : F32{};
+      split_whole(some, upper + s * kStep, upper + rows_ * kPart + s * kStep);
+    }
+    weight_factors_[index] = most / kMostWhole;
+  }
+
+  int8_t* queries_;
+  float* factors_;
+  alignas(64) float scores_[kQueries * kPart];
+  alignas(64) int8_t weights_[2 * kQueries * kPart];
+};
+
+}  // namespace qserve

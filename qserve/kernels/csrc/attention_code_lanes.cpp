@@ -52,7 +52,8 @@ class CodeLaneKernel : public CodeKernel<CodeLaneKernel> {
   void score_some(const Piece& piece, int64_t first, int64_t index) {
     const int8_t* queries[Heads];
     I32 upper_surplus[Heads], lower_surplus[Heads];
-    const int64_t down = rows_ * depth_, stride = layout_.blocks.together == 4 ? layout_.blocks.key_stride() : 4 * kStep;
+    const int64_t down = rows_ * depth_;
+    const int64_t stride = layout_.blocks.together == 4 ? layout_.blocks.key_stride() : 4 * kStep;
     for (int h = 0; h < Heads; ++h) {
       queries[h] = query_row(first + index + h);
       upper_surplus[h] = surplus(queries[h], head_dim_), lower_surplus[h] = surplus(queries[h] + down, head_dim_);
@@ -78,7 +79,8 @@ class CodeLaneKernel : public CodeKernel<CodeLaneKernel> {
     for (int h = 0; h < Heads; ++h)
       for (int v = 0; v < Width; ++v) {
         const int8_t* weights = weight_row(index + h);
-        upper[h][v] = -surplus(weights, piece.steps * kStep), lower[h][v] = -surplus(weights + down, piece.steps * kStep);
+        upper[h][v] = -surplus(weights, piece.steps * kStep);
+        lower[h][v] = -surplus(weights + down, piece.steps * kStep);
       }
     for (int j = 0; j < piece.steps * kStep; j += 4)
       for (int v = 0; v < Width; ++v) {
@@ -99,7 +101,8 @@ class CodeLaneKernel : public CodeKernel<CodeLaneKernel> {
   void collect(Piece& piece) {
     const CacheLayout& blocks = layout_.blocks;
     for (int s = 0; s < piece.steps; ++s) {
-      piece.keys[s] = (const char*)keys_ + s * kStep * depth_, piece.values[s] = (const char*)values_ + s * kStep * depth_;
+      piece.keys[s] = (const char*)keys_ + s * kStep * depth_;
+      piece.values[s] = (const char*)values_ + s * kStep * depth_;
       piece.key_scales[s] = scales_ + s * kStep, piece.value_scales[s] = scales_ + kPart + s * kStep;
     }
     for (int64_t i = 0; i < piece.end - piece.begin; ++i) {

@@ -1,5 +1,5 @@
-// Attention over int8 codes by AMX, for any number of rows. Up to eight queries, the heads that share a kv head, are one
-// tile, upper and lower bytes together; more are two.
+// Attention over int8 codes by AMX, for any number of rows. Up to eight queries, the heads that share a kv head, are
+// one tile, upper and lower bytes together; more are two.
 #include <utility>
 
 #include "attention_codes.h"
@@ -32,16 +32,21 @@ class CodeTiles {
 
 constexpr int64_t kTile = 16 * kLanes;  // sums
 
-// Rows of bytes, (Tiles * tile's rows, depth), times tiles of codes side by side: at(column, depth / 64). One tile of
-// sums after another: of each column all, or first those of the upper rows.
+struct Rows {
+  const int8_t* bytes;
+  int64_t stride, depth;
+};
+
+// Rows of bytes, as many as Tiles have, times tiles of codes side by side: at(column, depth / 64). One tile of sums
+// after another: of each column all, or first those of the upper rows.
 template <int Tiles, int... Columns, class Address>
-QSERVE_INLINE void multiply(std::integer_sequence<int, Columns...>, const int8_t* rows, int64_t stride, int64_t depth,
-                            const Address& at, int64_t code_stride, int32_t* sums) {
+QSERVE_INLINE void multiply(std::integer_sequence<int, Columns...>, const Rows& rows, const Address& at,
+                            int64_t code_stride, int32_t* sums) {
   (tile_zero<Columns * Tiles>(), ...);
   if constexpr (Tiles == 2) (tile_zero<Columns * 2 + 1>(), ...);
-  for (int64_t d = 0; d < depth; d += kDepth) {
-    tile_load<4>(rows + d, stride);
-    if constexpr (Tiles == 2) tile_load<5>(rows + kQueries * stride + d, stride);
+  for (int64_t d = 0; d < rows.depth; d += kDepth) {
+    tile_load<4>(rows.bytes + d, rows.stride);
+    if constexpr (Tiles == 2) tile_load<5>(rows.bytes + kQueries * rows.stride + d, rows.stride);
     const auto add = [&](auto column) {
       constexpr int kColumn = decltype(column)::value, kCodes = 6 + kColumn % 2;
       tile_load<kCodes>(at(kColumn, d / kDepth), code_stride);
@@ -83,46 +88,37 @@ class CodeTileKernel : public CodeKernel<CodeTileKernel> {
   }
 
  private:
-  struct Rows {
-    const int8_t* bytes;
-    int64_t stride, depth;
-  };
-
-  // put(row, column, upper sums, lower sums) for all columns; a few behind those that are multiplied, for sums take
-  // their time.
+  // put(row, column, upper sums, lower sums) for all columns.
   template <class Address, class Put>
   QSERVE_INLINE void multiply_all(int64_t count, int64_t columns, Rows rows, const Address& at, int64_t code_stride,
                                   const Put& put) {
     const bool is_one = rows_ < kQueries;
     const int64_t widest = is_one ? 4 : 2, lower = is_one ? rows_ * kLanes : kTile, next = is_one ? kTile : 2 * kTile;
-    for (int64_t column = 0; column < columns + widest; column += widest) {
-      if (column < columns) multiply_some(columns - column, rows, [&](int c, int64_t d) { return at(column + c, d); },
-                                          code_stride, sums_[column / widest % 2]);
-      if (column == 0) continue;
-      const int32_t* sums = sums_[(column / widest - 1) % 2];
-      const int64_t width = columns < column ? columns - (column - widest) : widest;
+    for (int64_t column = 0; column < columns; column += widest) {
+      const int64_t width = columns - column < widest ? columns - column : widest;
+      multiply_some(width, rows, [&](int c, int64_t d) { return at(column + c, d); }, code_stride);
       for (int64_t i = 0; i < count; ++i)
         for (int64_t c = 0; c < width; ++c) {
-          const int32_t* from = sums + c * next + i * kLanes;
-          put(i, column - widest + c, load<I32>(from), load<I32>(from + lower));
+          const int32_t* from = sums_ + c * next + i * kLanes;
+          put(i, column + c, load<I32>(from), load<I32>(from + lower));
         }
     }
   }
 
   template <class Address>
-  QSERVE_INLINE void multiply_some(int64_t columns, Rows rows, const Address& at, int64_t code_stride, int32_t* sums) {
+  QSERVE_INLINE void multiply_some(int64_t columns, Rows rows, const Address& at, int64_t code_stride) {
     with_count(columns, [&](auto some) {
       constexpr int kOne = decltype(some)::value, kTwo = kOne < 2 ? 1 : 2;
       if (rows_ < kQueries)
-        multiply<1>(std::make_integer_sequence<int, kOne>(), rows.bytes, rows.stride, rows.depth, at, code_stride, sums);
+        multiply<1>(std::make_integer_sequence<int, kOne>(), rows, at, code_stride, sums_);
       else
-        multiply<2>(std::make_integer_sequence<int, kTwo>(), rows.bytes, rows.stride, rows.depth, at, code_stride, sums);
+        multiply<2>(std::make_integer_sequence<int, kTwo>(), rows, at, code_stride, sums_);
     });
   }
 
   CodeTiles tiles_;
   char* values_;
-  alignas(64) int32_t sums_[2][4 * kTile];
+  alignas(64) int32_t sums_[4 * kTile];
 };
 
 }  // namespace

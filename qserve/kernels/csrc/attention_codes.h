@@ -40,8 +40,8 @@ QSERVE_INLINE void split_whole(const F32 (&x)[4], int8_t* upper, int8_t* lower) 
 
 QSERVE_INLINE F32 join_whole(I32 upper, I32 lower) { return fused(to_float(upper), splat(256.0f), to_float(lower)); }
 
-// Kernel: score(piece, first, count) fills the scores of so many queries, mix(piece, first, count, values) their values.
-// The bytes of queries, and of weights, stand in rows: of a group of queries first all upper ones, then all lower.
+// Kernel: score(piece, first, count) fills the scores of so many queries, mix(piece, first, count, values) what comes
+// of the values. The bytes of queries, and of weights, stand in rows: of a group first all upper ones, then all lower.
 template <class Kernel>
 class CodeKernel {
  public:
@@ -62,13 +62,15 @@ class CodeKernel {
     for (int64_t i = 0; i < count_; ++i) {
       const float* query = layout_.query(task_, kv_head, i);
       F32 sizes = splat(kLeast);
-      for (int64_t d = 0; d < head_dim_; d += kLanes) sizes = larger_size(sizes, load_some(query + d, (int)(head_dim_ - d)));
+      for (int64_t d = 0; d < head_dim_; d += kLanes)
+        sizes = larger_size(sizes, load_some(query + d, (int)(head_dim_ - d)));
       const float most = max_size(sizes);
       int8_t* upper = query_row(i);
       const F32 factor = splat(kMostWhole / most);
       for (int64_t d = 0; d < depth_; d += 4 * kLanes) {
         F32 some[4];
-        for (int v = 0; v < 4; ++v) some[v] = load_some(query + d + v * kLanes, (int)(head_dim_ - d) - v * kLanes) * factor;
+        for (int v = 0; v < 4; ++v)
+          some[v] = load_some(query + d + v * kLanes, (int)(head_dim_ - d) - v * kLanes) * factor;
         split_whole(some, upper + d, upper + rows_ * depth_ + d);
       }
       factors_[i] = most / kMostWhole * scale_.factor;
@@ -116,13 +118,16 @@ class CodeKernel {
     for (int q = 0; q < Count; ++q) spans[q] = Span(layout_, task_, piece, first + index + q), most[q] = splat(kLeast);
     float* scores = scores_ + index * kPart;
     // What no row may see has any scale, even none that is a number.
-    const auto times = [](F32 weights, const float* scales) { return weights > F32{} ? weights * load<F32>(scales) : F32{}; };
-    weigh<Count>(scale_, spans, scores, piece.steps, states_from(states, index, 0), [&](int q, int s, F32 some, F32 more) {
+    const auto times = [](F32 weights, const float* scales) {
+      return weights > F32{} ? weights * load<F32>(scales) : F32{};
+    };
+    const auto put = [&](int q, int s, F32 some, F32 more) {
       some = times(some, piece.value_scales[s]), more = times(more, piece.value_scales[s + 1]);
       store(scores + q * kPart + s * kStep, some);
       store(scores + q * kPart + (s + 1) * kStep, more);
       most[q] = larger_size(larger_size(most[q], some), more);
-    });
+    };
+    weigh<Count>(scale_, spans, scores, piece.steps, states_from(states, index, 0), put);
     for (int q = 0; q < Count; ++q) split_weights(index + q, max_size(most[q]), piece.steps);
   }
 

@@ -124,7 +124,8 @@ void store_row(const CacheLayout& blocks, const Cache& cache, const float* keys,
       continue;
     }
     void* to_key = (char*)cache.keys + start + blocks.key_offset(at) * blocks.element;
-    void* to_value = (char*)cache.values + start + blocks.value_offset(at / blocks.together * blocks.together) * blocks.element;
+    const int64_t first_at = at / blocks.together * blocks.together;
+    void* to_value = (char*)cache.values + start + blocks.value_offset(first_at) * blocks.element;
 #if defined(__AMX_BF16__)
     if (blocks.together == 2) {
       store_tiles(blocks, key, value, to_key, to_value, at % 2 == 1);

@@ -1,15 +1,19 @@
 """What a row may choose: by its grammar or its list of tokens, no end of a bad word, no end too early.
 
-Two questions, of which the first costs far less: may these tokens come next; and which tokens may. Knows no logits, and
-no grammars: a constraint tells its tokens as bits.
+Two questions, of which the first costs far less: may these tokens come next; and which tokens may. A row is a numpy
+array and is looked at alone. Knows no grammars: a constraint tells its tokens as bits.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from qserve.device.draw import Tokens
+from qserve.device.draw import Floats
 from qserve.engine.request import Request
+
+# For each byte the biases of its bits, the lowest first: (256, 8).
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, np.newaxis], axis=1, bitorder="little")
+_BIASES = np.where(_BITS, 0, -np.inf).astype(np.float32)
 
 
 class Rules:
@@ -19,6 +23,11 @@ class Rules:
         self._constraint = request.constraint
         self._listed = request.params.allowed_token_ids
         self._banned = find_banned_ids(request)
+
+    @property
+    def are_known(self) -> bool:
+        """Whether to find out all tokens that may come next costs little now. It depends on nothing but the request."""
+        return self._constraint is None or self._constraint.knows_allowed
 
     def permit(self, token_ids: Sequence[int]) -> list[bool]:
         """Of each token whether it may come next."""
@@ -30,18 +39,18 @@ class Rules:
     def _leaves(self, token_id: int) -> bool:
         return token_id not in self._banned and (self._listed is None or token_id in self._listed)
 
-    def find_permitted(self, *, vocabulary: int) -> Tokens:
-        """All tokens that may come next, in order."""
-        flags = np.ones(vocabulary, dtype=bool)
-        if self._constraint is not None:
+    def mask(self, logits: Floats, *, out: Floats) -> None:
+        """Writes the row with minus infinity where a token may not come next."""
+        if self._constraint is None:
+            np.copyto(out, logits)
+        else:
+            # Eight tokens at once from a table: 19 µs for 49,152 of them, where np.where takes up to 180.
             bits = np.frombuffer(self._constraint.allowed(), dtype=np.uint8)
-            flags = np.unpackbits(bits, count=vocabulary, bitorder="little").view(bool)
+            np.add(logits, _BIASES.take(bits, axis=0).reshape(-1)[: len(logits)], out=out)
         if self._listed is not None:
-            is_listed = np.zeros(vocabulary, dtype=bool)
-            is_listed[[*self._listed]] = True
-            flags &= is_listed
-        flags[[token_id for token_id in self._banned if token_id < vocabulary]] = False
-        return np.flatnonzero(flags)
+            listed = [*self._listed]
+            out[:], out[listed] = -np.inf, out[listed]
+        out[[token_id for token_id in self._banned if token_id < len(out)]] = -np.inf
 
 
 def has_rules(request: Request) -> bool:

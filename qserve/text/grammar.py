@@ -142,6 +142,10 @@ class GrammarConstraint:
         """Whether the text is complete and nothing can be added to it."""
         return self._matcher.is_stopped() and self._matcher.is_accepting()
 
+    @property
+    def knows_allowed(self) -> bool:
+        return self._bits is not None
+
     def accept(self, token_id: int) -> None:
         """Takes in the next token of the generation. One that was not allowed leaves nothing allowed."""
         self._bits = None

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class Bits:
     """A constraint that allows these tokens, always."""
 
     is_finished = False
+    knows_allowed = False
 
     def __init__(self, *token_ids: int, size: int = VOCABULARY) -> None:
         self._bits = sum(1 << token_id for token_id in token_ids).to_bytes((size + 7) // 8, "little")
@@ -66,7 +68,12 @@ CASES: list[tuple[Request, set[int]]] = [
 @pytest.mark.parametrize(("request_", "forbidden"), CASES)
 def test_each_rule(request_: Request, forbidden: set[int]) -> None:
     rules = Rules(request_)
-    assert rules.find_permitted(vocabulary=VOCABULARY).tolist() == sorted(ALL - forbidden)
+    before = _logits(1)[0].numpy()
+    after = np.empty_like(before)
+    rules.mask(before, out=after)
+    assert set(np.flatnonzero(np.isneginf(after)).tolist()) == forbidden
+    kept = sorted(ALL - forbidden)
+    assert np.array_equal(after[kept], before[kept])
     assert {token_id for token_id in ALL if not rules.permit([token_id])[0]} == forbidden
     assert rules.permit([*ALL]) == [token_id not in forbidden for token_id in ALL]
     assert has_rules(request_) or not forbidden
@@ -100,6 +107,14 @@ def test_what_is_chosen_is_allowed_and_depends_on_no_other_row(temperature: floa
     for token_id, (_, forbidden) in zip(together, CASES * 3, strict=True):
         assert (token_id is None) == (forbidden == ALL)
         assert token_id not in forbidden
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.3}, {"typical_p": 0.4}])
+def test_rules_that_forbid_nothing_change_nothing(options: dict[str, Any]) -> None:
+    logits = _logits(1).expand(200, -1)
+    free = [_request(seed=seed, **options) for seed in range(200)]
+    bound = [_request(seed=seed, constraint=Bits(*ALL), **options) for seed in range(200)]
+    assert Sampler().sample(logits, free) == Sampler().sample(logits, bound)
 
 
 def test_a_bias_does_not_lift_what_is_forbidden() -> None:

@@ -22,6 +22,10 @@ class Recorder:
     def is_finished(self) -> bool:
         return len(self.heard) >= self._length
 
+    @property
+    def knows_allowed(self) -> bool:
+        return False
+
     def accept(self, token_id: int) -> None:
         self.heard.append(token_id)
 

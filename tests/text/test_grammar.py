@@ -233,11 +233,13 @@ def test_a_token_alone_is_allowed_exactly_where_its_bit_is_set(
             together = constraint.allows(range(size))
             assert singly == [token_id for token_id in range(size) if together[token_id]]
             assert singly == allowed_ids(constraint, size)
-            assert constraint.allows(range(size)) == together  # and where all are known
+            assert constraint.knows_allowed
+            assert constraint.allows(range(size)) == together
             going_on = sorted(set(singly) - {2, 70})
             if not going_on:
                 break
             constraint.accept(random_.choice(going_on))
+            assert not constraint.knows_allowed
 
 
 @pytest.mark.parametrize("size", [500, 512, 520])

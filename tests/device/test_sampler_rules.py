@@ -1,0 +1,225 @@
+"""What is chosen under rules, against plain loops: what is forbidden goes first, then all else is as for free rows."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qserve.device.draw import Floats
+from qserve.device.sampler import Sampler, uniform
+from qserve.engine.request import Request, SamplingParams
+from qserve.kernels.reference_sampling import sample as sample_plainly
+from tests.kernels.native import VARIANTS, open_variant
+
+_BORDER = 1e-5  # a share of the whole: nearer to a border than this, float32 and float64 may differ
+CHI_SQUARE_999 = {4: 18.47, 9: 27.88, 19: 43.82, 39: 72.05}  # the 0.999 quantiles by degrees of freedom
+CHOOSERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "plain": sample_plainly,
+    "native": open_variant(VARIANTS[-1]).sample,
+}
+
+
+class Permitted:
+    """A constraint that allows these tokens, and counts what it is asked."""
+
+    is_finished = False
+
+    def __init__(self, tokens: NDArray[np.int64], *, vocabulary: int, knows_allowed: bool = False) -> None:
+        self.knows_allowed = knows_allowed
+        self._flags = np.zeros(vocabulary, dtype=bool)
+        self._flags[tokens] = True
+        self.num_asked = 0
+        self.num_masks = 0
+
+    def accept(self, token_id: int) -> None:
+        raise AssertionError("the device only reads")
+
+    def allowed(self) -> bytes:
+        self.num_masks += 1
+        return np.packbits(self._flags, bitorder="little").tobytes()
+
+    def allows(self, token_ids: Sequence[int]) -> list[bool]:
+        self.num_asked += len(token_ids)
+        return [bool(self._flags[token_id]) for token_id in token_ids]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One row under rules."""
+
+    logits: Floats
+    permitted: NDArray[np.int64]
+    params: SamplingParams
+    knows_allowed: bool
+
+    def sample(self, chooser: str) -> int | None:
+        constraint = Permitted(self.permitted, vocabulary=len(self.logits), knows_allowed=self.knows_allowed)
+        request = Request("r", [1], self.params, constraint=constraint)
+        return Sampler(choose=CHOOSERS[chooser]).sample(torch.from_numpy(self.logits)[None], [request])[0]
+
+
+@st.composite
+def rows(draw_: st.DrawFn) -> Floats:
+    """Flat and steep, with equal values, with what cannot be drawn."""
+    random = np.random.default_rng(draw_(st.integers(0, 2**32)))
+    size = draw_(st.sampled_from([1, 2, 7, 40, 40, 300, 1500]))
+    logits = random.standard_normal(size) * draw_(st.sampled_from([0.0, 0.001, 0.3, 1.0, 3.0, 12.0, 60.0]))
+    if draw_(st.booleans()):
+        logits = np.round(logits)
+    logits[random.random(size) < draw_(st.sampled_from([0.0, 0.0, 0.3, 0.95]))] = -np.inf
+    return logits.astype(np.float32)
+
+
+@st.composite
+def cases(draw_: st.DrawFn) -> Case:
+    """The likeliest are permitted, or the least likely, or any, or most; of parameters often none cuts."""
+    logits = draw_(rows())
+    assume(logits.max() > -np.inf)
+    random = np.random.default_rng(draw_(st.integers(0, 2**32)))
+    number = min(draw_(st.sampled_from([0, 1, 3, 30, 10_000])), len(logits))
+    order = np.argsort(-logits, kind="stable")
+    kind = draw_(st.sampled_from(["best", "worst", "any", "most"]))
+    chosen = {"best": order[:number], "worst": order[len(order) - number :], "any": random.permutation(order)[:number]}
+    cuts: dict[str, Any] = {
+        "top_p": draw_(st.sampled_from([1.0, 0.999999, 0.95, 0.9, 0.5, 0.1, 1e-6])),
+        "top_k": draw_(st.sampled_from([0, 0, 0, 1, 5, 50, 2000])),
+        "min_p": draw_(st.sampled_from([0.0, 0.0, 1e-6, 0.05, 0.5, 1.0])),
+    }
+    params = SamplingParams(
+        max_tokens=1,
+        temperature=draw_(st.sampled_from([0.0, 1.0, 0.5, 2.0, 1e-4, 1e-30])),
+        seed=draw_(st.integers(0, 10_000)),
+        **(cuts if draw_(st.booleans()) else {}),
+    )
+    permitted = np.sort(chosen.get(kind, random.permutation(order)[: -len(order) // 10 or None]))
+    return Case(logits=logits, permitted=permitted, params=params, knows_allowed=draw_(st.booleans()))
+
+
+class AtTheBorder(Exception):
+    """So near that float32 and float64 may differ."""
+
+
+def _weigh(logits: Floats, tokens: NDArray[np.int64], params: SamplingParams) -> dict[int, float]:
+    values = logits[tokens].astype(np.float64)
+    weights = np.exp((values - values.max()) / max(params.temperature, 1e-30))
+    return dict(zip(tokens.tolist(), weights.tolist(), strict=True))
+
+
+def _invert(weights: dict[int, float], choice: float) -> int:
+    total, end = sum(weights.values()), 0.0
+    for token, weight in sorted(weights.items()):
+        end += weight
+        if weight and abs(end - choice * total) < _BORDER * total:
+            raise AtTheBorder
+        if end > choice * total:
+            return token
+    raise AtTheBorder
+
+
+def _cut(weights: dict[int, float], params: SamplingParams) -> dict[int, float]:
+    """What top-k, top-p and min-p leave, one token after the other."""
+    order = sorted(weights, key=lambda token: (-weights[token], token))
+    order = order[: params.top_k] if params.top_k else order
+    total, before = sum(weights[token] for token in order), 0.0
+    left: dict[int, float] = {}
+    for token in order:
+        is_near_top_p = params.top_p < 1 and before and abs(before / total - params.top_p) < _BORDER
+        is_near_min_p = params.min_p and weights[token] < 1 and abs(weights[token] / params.min_p - 1) < _BORDER
+        if is_near_top_p or is_near_min_p:
+            raise AtTheBorder
+        if not left or ((params.top_p == 1 or before < params.top_p * total) and weights[token] >= params.min_p):
+            left[token] = weights[token]
+        before += weights[token]
+    return left
+
+
+def _choose_plainly(case: Case) -> int | None:
+    """In float64. Where nothing cuts, one or four are drawn from all, and then one from what is permitted."""
+    params, permitted = case.params, case.permitted[case.logits[case.permitted] > -np.inf]
+    if not len(permitted):
+        return None
+    if params.temperature == 0:
+        tokens: list[int] = permitted.tolist()
+        return max(tokens, key=lambda token: (case.logits[token], -token))
+    choices = [uniform(str(params.seed), 1, number=number) for number in range(5)]
+    left = _weigh(case.logits, permitted, params)
+    if params.top_k or params.top_p < 1 or params.min_p:
+        return _invert(_cut(left, params), choices[0])
+    everything = _weigh(case.logits, np.arange(len(case.logits)), params)
+    for choice in choices[: 1 if case.knows_allowed else 4]:
+        token = _invert(everything, choice)
+        if token in left:
+            return token
+    return _invert(left, choices[4])
+
+
+@pytest.mark.parametrize("chooser", CHOOSERS)
+@settings(max_examples=400, deadline=None)
+@given(case=cases())
+def test_what_is_chosen_is_what_plain_loops_choose(chooser: str, case: Case) -> None:
+    try:
+        expected = _choose_plainly(case)
+    except AtTheBorder:
+        assume(False)
+    assert case.sample(chooser) == expected
+
+
+PARAMS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.6},
+    {"top_p": 0.7},
+    {"top_k": 8, "top_p": 0.8},
+    {"top_p": 0.9, "min_p": 0.05},
+    {"logit_bias": {2: 1.0}},
+]
+
+
+@pytest.mark.parametrize("options", PARAMS)
+@pytest.mark.parametrize("permitted", [range(0, 40, 2), range(30), range(36, 40)])
+def test_the_distribution(options: dict[str, Any], permitted: range) -> None:
+    """Of draws with many seeds, against the distribution that masks first."""
+    logits = (np.random.default_rng(5).standard_normal(40) * 1.5).astype(np.float32)
+    tokens = np.array(permitted)
+    params = [SamplingParams(max_tokens=1, seed=seed, **options) for seed in range(4000)]
+    requests = [Request("r", [1], each, constraint=Permitted(tokens, vocabulary=40)) for each in params]
+    drawn = Sampler().sample(torch.from_numpy(logits).expand(len(requests), -1), requests)
+    counts = np.bincount(np.array(drawn), minlength=40)
+    biased = logits.copy()
+    biased[2] += options.get("logit_bias", {}).get(2, 0)
+    left = _cut(_weigh(biased, tokens, params[0]), params[0])
+    expected = np.zeros(40)
+    expected[[*left]] = np.array([*left.values()]) / sum(left.values()) * len(requests)
+    assert counts[expected == 0].sum() == 0
+    common = expected > 5
+    limit = next(value for degrees, value in CHI_SQUARE_999.items() if degrees >= common.sum() - 1)
+    assert ((counts - expected)[common] ** 2 / expected[common]).sum() < limit
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_grammar_that_permits_most_is_hardly_ever_asked_for_all(temperature: float) -> None:
+    random = np.random.default_rng(2)
+    logits = (random.standard_normal((200, 2000)) * 3).astype(np.float32)
+    constraints = [Permitted(np.flatnonzero(random.random(2000) < 0.8), vocabulary=2000) for _ in range(200)]
+    requests = [
+        Request("r", [1], SamplingParams(max_tokens=1, temperature=temperature, seed=seed), constraint=constraint)
+        for seed, constraint in enumerate(constraints)
+    ]
+    Sampler().sample(torch.from_numpy(logits), requests)
+    assert sum(constraint.num_masks for constraint in constraints) < 5
+    assert sum(constraint.num_asked for constraint in constraints) < 400
+
+
+def test_what_cannot_be_drawn_is_not_the_likeliest() -> None:
+    logits = np.array([1.0, -np.inf, -np.inf], dtype=np.float32)
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(max_tokens=1, temperature=temperature)
+        assert (
+            Case(logits=logits, permitted=np.array([1, 2]), params=params, knows_allowed=False).sample("plain") is None
+        )

@@ -14,6 +14,7 @@ one run of memory, group after group. Numbers keep their stored width: nothing i
     float values    (tiles, groups, pairs, 16 channels, 2)        float32: (tiles, groups, pairs, 2, 16 channels)
     scales, zeros, offsets                                        (tiles, groups, 16 channels)
     aligned scales  int16 multiples like scales, and              (tiles, 16 channels) units
+                    with exact inputs int16 constants as offsets, and no zeros
 
 A group is padded at its end with codes that mean zero, a last tile with channels of them.
 """
@@ -31,6 +32,7 @@ from qserve.kernels.stages import FLOAT_TYPES, Form, WeightStruct, address
 from qserve.quant.weight import ActivationQuantization, QuantizedWeight, Weight
 
 LANES = 16
+_DYNAMIC = (ActivationQuantization.INT8_ASYMMETRIC, ActivationQuantization.INT8_SYMMETRIC)
 _MAX_SHORT_GROUP = 256  # up to here 16-bit inputs times 8-bit codes add up within 32 bits
 # What the kernels quantize themselves; any other kind is a float input to them, rounded before it comes.
 KERNEL_ACTIVATIONS = {
@@ -102,7 +104,7 @@ class PackedWeight:
             form=self.form,
             value_type=self.value_type,
             scale_type=FLOAT_TYPES[self.scales.dtype] if self.scales is not None and self.units is None else 0,
-            offset_type=0 if self.offsets is None else FLOAT_TYPES[self.offsets.dtype],
+            offset_type=0 if self.offsets is None or self.units is not None else FLOAT_TYPES[self.offsets.dtype],
             activation=KERNEL_ACTIVATIONS.get(self.activation, 0),
             planes=self.planes,
             out_features=self.out_features,
@@ -176,7 +178,7 @@ def _pack_integer(weight: QuantizedWeight) -> PackedWeight:
         weight = _fold_zero_points(weight, weight.zero_points)
     out_features, in_features = weight.shape
     code_bias = _choose_bias(weight)
-    is_nibble = code_bias < 128
+    is_nibble, is_dynamic = code_bias < 128, weight.activation in _DYNAMIC
     padded_group = _round_up(weight.group_size, 64 if weight.num_groups == 1 else 16)
     codes = (weight.codes.to(torch.int16) + code_bias).to(torch.uint8)
     units = _split(codes, weight.group_size, padded_group, 8, fill=code_bias)  # (tiles, 16, groups, units, 8)
@@ -184,23 +186,27 @@ def _pack_integer(weight: QuantizedWeight) -> PackedWeight:
     packed = (halves[:, :, :, 0] | (halves[:, :, :, 1] << 4) if is_nibble else halves).contiguous()
     is_asymmetric = weight.activation is ActivationQuantization.INT8_ASYMMETRIC
     aligned = align_scales(weight)
+    if aligned is None or is_dynamic:
+        zeros, offsets = _pack_zeros(weight, code_bias), _tile(weight.offsets)
+    else:
+        zeros, offsets = None, _pack_constants(weight, aligned, code_bias)
     return PackedWeight(
         codes=packed,
         scales=_tile(weight.scales) if aligned is None else _tile_numbers(aligned.multiples, fill=0),
         units=None if aligned is None else F.pad(aligned.units, (0, -out_features % LANES)),
-        zeros=_pack_zeros(weight, code_bias),
-        offsets=_tile(weight.offsets),
+        zeros=zeros,
+        offsets=offsets,
         fix=_sum_rows(weight, aligned) if is_asymmetric else None,
         pre_scale=_widen(weight.pre_scale),
         form=Form.INT4 if is_nibble else Form.INT8,
         activation=weight.activation,
-        planes=_count_planes(weight),
+        planes=1 if is_dynamic else _count_planes(weight, aligned),
         out_features=out_features,
         in_features=in_features,
         group_size=weight.group_size,
         padded_group=padded_group,
         code_bias=code_bias,
-        is_narrow=aligned is not None and is_narrow(weight, aligned.multiples),
+        is_narrow=aligned is not None and is_narrow(weight, aligned),
     )
 
 
@@ -220,11 +226,18 @@ def _choose_bias(weight: QuantizedWeight) -> int:
     return next((bias for bias in (8, 0) if low + bias >= 0 and high + bias <= 15), 128)
 
 
-def _count_planes(weight: QuantizedWeight) -> int:
-    """int8 numbers for one input: one where the recipe quantizes inputs to int8, else enough to lose nothing."""
-    if weight.activation in (ActivationQuantization.INT8_ASYMMETRIC, ActivationQuantization.INT8_SYMMETRIC):
-        return 1
-    return 2 if weight.num_groups > 1 and weight.group_size <= _MAX_SHORT_GROUP else 3
+def _count_planes(weight: QuantizedWeight, aligned: AlignedScales | None) -> int:
+    """int8 numbers for one float input: enough to lose nothing."""
+    return 2 if aligned is None and weight.num_groups > 1 and weight.group_size <= _MAX_SHORT_GROUP else 3
+
+
+def _pack_constants(weight: QuantizedWeight, aligned: AlignedScales, code_bias: int) -> Tensor | None:
+    """What the unsigned code 0 stands for, where it is not everywhere -8 times the multiple."""
+    if aligned.offsets is None and (weight.zero_points is None or not bool(weight.zero_points.any())):
+        return None
+    zeros = code_bias if weight.zero_points is None else code_bias + weight.zero_points.to(torch.int16)
+    constants = -zeros * aligned.multiples
+    return _tile_numbers(constants if aligned.offsets is None else constants + aligned.offsets, fill=0)
 
 
 def _pack_zeros(weight: QuantizedWeight, code_bias: int) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What an integer kernel with dynamic int8 activations computes, in plain torch and exact to the bit.
+"""What kernels whose sums are exact integers compute, in plain torch and to the bit.
 
 Every operation is rounded to float32 as it is written here, and so must a compiled kernel's be.
 """
@@ -6,7 +6,7 @@ Every operation is rounded to float32 as it is written here, and so must a compi
 import torch
 from torch import Tensor
 
-from qserve.kernels.aligned_scales import align_scales
+from qserve.kernels.aligned_scales import align_scales, whole_weights
 from qserve.kernels.reference_activations import quantize_int8_asymmetric, quantize_int8_symmetric
 from qserve.quant.weight import ActivationQuantization, QuantizedWeight
 
@@ -40,6 +40,29 @@ def integer_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
         sums, fix = (_sum_exactly(each, weight, aligned.multiples) for each in (codes, ones))
         return scales * (aligned.units * (sums - zero_points.to(torch.float64) * fix).to(torch.float32))
     return scales * (_sum_groups(codes, weight) - zero_points * _sum_groups(ones, weight))
+
+
+_MOST_EXACT = torch.tensor(127.0 * 65536)  # of an exact input: three signed digits of base 256
+_NOTHING = 1e-24  # a row without a larger number is a row of zeros
+
+
+def exact_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """A 4-bit weight with aligned scales times float inputs: (tokens, out_features) float32, without bias.
+
+    An input is a whole number q of 24 bits times its token's scale s, a weight a whole number w of 16 bits times its
+    channel's unit u:
+
+        y = s * (u * float(sum over k of q[k] * w[k]))       the sum exact, each operation rounded to float32
+    """
+    aligned = align_scales(weight)
+    assert aligned is not None, "this weight's scales are multiplied group by group"
+    if weight.pre_scale is not None:
+        x = x * weight.pre_scale.to(torch.float32)
+    largest = x.abs().amax(dim=1, keepdim=True)
+    factors = torch.where(largest > _NOTHING, _MOST_EXACT / largest, 0.0)
+    numbers = torch.round(x * factors).to(torch.float64)
+    sums = numbers @ whole_weights(weight, aligned).flatten(1).to(torch.float64).T
+    return largest / _MOST_EXACT * (aligned.units * sums.to(torch.float32))
 
 
 def _quantize(x: Tensor, activation: ActivationQuantization) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,12 +1,13 @@
 """Aligned scales: exact where they can be, near where they cannot."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from qserve.kernels.aligned_scales import align_scales, is_narrow
+from qserve.kernels.aligned_scales import AlignedScales, align_scales, is_narrow, whole_weights
 from qserve.quant.weight import ActivationQuantization, QuantizedWeight
 
 
@@ -54,14 +55,15 @@ def test_channels_of_zeros_and_negative_scales() -> None:
     "changes",
     [
         {"bits": 8},
-        {"activation": ActivationQuantization.NONE},
         {"offsets": torch.ones(4, 6)},
+        {"offsets": torch.full((4, 6), 300.0), "activation": ActivationQuantization.NONE},
         {"zero_points": torch.full((4, 6), 9, dtype=torch.int8)},
         {"zero_points": torch.ones(4, 6)},
         {"group_size": 1024},
+        {"group_size": 512, "activation": ActivationQuantization.NONE, "offsets": torch.zeros(4, 6)},
         {"group_size": 48},
     ],
-    ids=["int8", "float-inputs", "offsets", "far-zeros", "float-zeros", "long-groups", "half-steps"],
+    ids=["int8", "offsets", "far-offsets", "far-zeros", "float-zeros", "long-groups", "long-moved", "half-steps"],
 )
 def test_weights_that_keep_their_scales(changes: dict[str, Any]) -> None:
     assert align_scales(_weight(torch.ones(4, 6), **changes)) is None
@@ -74,9 +76,51 @@ def test_one_group_keeps_its_scale() -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_narrow_weights_keep_the_worst_sum_within_32_bits(sign: int) -> None:
     multiples = torch.full((2, 4), sign * 2000, dtype=torch.int16)
+    aligned = AlignedScales(multiples=multiples, units=torch.ones(2))
     group_size = 2**31 // (2000 * 8 * 256) // 4  # one more leaves 32 bits
     for count, expected in ((group_size, True), (group_size + 1, False)):
         codes = torch.full((2, 4 * count), -8, dtype=torch.int8)
-        assert is_narrow(_weight(torch.ones(2, 4), codes=codes, group_size=count), multiples) is expected
+        assert is_narrow(_weight(torch.ones(2, 4), codes=codes, group_size=count), aligned) is expected
         codes[:, ::2] *= -1  # channels whose codes make up for each other have only half as far to go
-        assert is_narrow(_weight(torch.ones(2, 4), codes=codes, group_size=count), multiples)
+        assert is_narrow(_weight(torch.ones(2, 4), codes=codes, group_size=count), aligned)
+
+
+def _random_weight(*, has_zeros: bool, has_offsets: bool, dtype: torch.dtype = torch.bfloat16) -> QuantizedWeight:
+    torch.manual_seed(0)
+    return _weight(
+        (torch.rand(64, 6) * 0.02 + 0.001).to(dtype),
+        codes=torch.randint(-8, 8, (64, 192), dtype=torch.int8),
+        zero_points=torch.randint(-8, 8, (64, 6), dtype=torch.int8) if has_zeros else None,
+        offsets=(torch.randn(64, 6) * 0.05).to(dtype) if has_offsets else None,
+        dtype=torch.float32,
+        activation=ActivationQuantization.NONE,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("has_offsets", [False, True])
+@pytest.mark.parametrize("has_zeros", [False, True])
+def test_whole_weights_are_the_weights_and_fit_16_bits(has_zeros: bool, has_offsets: bool, dtype: torch.dtype) -> None:
+    weight = _random_weight(has_zeros=has_zeros, has_offsets=has_offsets, dtype=dtype)
+    aligned = align_scales(weight)
+    assert aligned is not None
+    numbers = whole_weights(weight, aligned)
+    assert int(numbers.abs().max()) <= 8 * 4079  # each code, not only those that are there, has room
+    moved = (numbers * aligned.units.view(-1, 1, 1).double()).flatten(1) - weight.dequantize().double()
+    assert bool((moved.abs() <= weight.dequantize().abs().amax(dim=1, keepdim=True) * 2**-11).all())
+
+
+def test_the_furthest_codes_of_a_channel_with_an_offset_fit_16_bits() -> None:
+    codes = torch.tensor([-8, 7], dtype=torch.int8).repeat(4, 96)
+    for offset in (-4.0, 0.3, 4.0):
+        weight = _weight(torch.rand(4, 6) + 0.5, codes=codes, offsets=torch.full((4, 6), offset))
+        aligned = align_scales(replace(weight, activation=ActivationQuantization.NONE))
+        assert aligned is not None
+        assert 8 * 2000 < int(whole_weights(weight, aligned).abs().max()) <= 8 * 4079
+
+
+def test_a_channel_of_zeros_beside_offsets() -> None:
+    weight = _weight(torch.zeros(2, 6), offsets=torch.tensor([[0.0], [0.5]]).expand(2, 6))
+    aligned = align_scales(replace(weight, activation=ActivationQuantization.NONE))
+    assert aligned is not None
+    assert (whole_weights(weight, aligned)[:, 0, 0] * aligned.units).tolist() == [0.0, 0.5]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qserve.kernels.aligned_scales import align_scales
+from qserve.kernels.aligned_scales import align_scales, whole_weights
 from qserve.kernels.reference_activations import ROUND_TRIPS, quantize_int8_asymmetric, quantize_int8_symmetric
-from qserve.kernels.reference_integer import integer_linear
+from qserve.kernels.reference_integer import exact_linear, integer_linear
 from qserve.quant.weight import ActivationQuantization, QuantizedWeight
 
 
@@ -70,3 +70,23 @@ def test_the_integer_formula(activation: ActivationQuantization, has_zero_points
     if aligned is not None:
         weight = replace(weight, scales=aligned.values)
     torch.testing.assert_close(y, ROUND_TRIPS[activation](x) @ weight.dequantize().T, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("has_offsets", [False, True])
+@pytest.mark.parametrize("has_zero_points", [False, True])
+def test_exact_inputs(has_zero_points: bool, has_offsets: bool) -> None:
+    weight = _weight(ActivationQuantization.NONE, has_zero_points=has_zero_points)
+    if has_offsets:
+        weight = replace(weight, offsets=(torch.randn(weight.scales.shape) * 0.1).to(torch.bfloat16))
+    aligned = align_scales(weight)
+    assert aligned is not None
+    x = torch.randn(5, 128) * torch.tensor([[1.0], [1e-30], [0.0], [1e20], [3.0]])
+    y = exact_linear(x, weight)
+    numbers = whole_weights(weight, aligned).flatten(1)
+    for token in (0, 3, 4):
+        largest = x[token].abs().max()
+        inputs = torch.round(x[token] * (torch.tensor(127.0 * 65536) / largest)).to(torch.int64)
+        total = (inputs * numbers).sum(1).to(torch.float32)
+        assert torch.equal(y[token], largest / (127.0 * 65536) * (aligned.units * total))
+    assert not y[1:3].any()
+    torch.testing.assert_close(y[4], weight.dequantize() @ x[4], atol=1e-3, rtol=1e-3)

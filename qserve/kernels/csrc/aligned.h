@@ -21,6 +21,15 @@ QSERVE_INLINE Doubles to_doubles(I32 x) {
   return {(F64)_mm512_cvtepi32_pd(_mm512_castsi512_si256((__m512i)x)),
           (F64)_mm512_cvtepi32_pd(_mm512_extracti64x4_epi64((__m512i)x, 1))};
 }
+QSERVE_INLINE Doubles load_doubles(const int32_t* x) {
+  return {(F64)_mm512_cvtepi32_pd(_mm256_loadu_si256((const __m256i*)x)),
+          (F64)_mm512_cvtepi32_pd(_mm256_loadu_si256((const __m256i*)(x + 8)))};
+}
+QSERVE_INLINE Doubles fused(Doubles x, double factor, Doubles y) {
+  const __m512d factors = _mm512_set1_pd(factor);
+  return {(F64)_mm512_fmadd_pd((__m512d)x.low, factors, (__m512d)y.low),
+          (F64)_mm512_fmadd_pd((__m512d)x.high, factors, (__m512d)y.high)};
+}
 QSERVE_INLINE F32 to_float(Doubles x) {
   const __m512d low = _mm512_castps_pd(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)x.low)));
   return (F32)_mm512_castpd_ps(_mm512_insertf64x4(low, _mm256_castps_pd(_mm512_cvtpd_ps((__m512d)x.high)), 1));
@@ -44,11 +53,6 @@ QSERVE_INLINE Doubles operator*(Doubles x, double factor) { return {x.low * fact
 QSERVE_INLINE Doubles operator+(Doubles x, Doubles y) { return {x.low + y.low, x.high + y.high}; }
 QSERVE_INLINE Doubles operator-(Doubles x, Doubles y) { return {x.low - y.low, x.high - y.high}; }
 
-// Of 16 channels and one group.
-QSERVE_INLINE I32 load_multiples(const Weight& w, int64_t index) {
-  return (I32)(widen(load<U16x16>((const uint16_t*)w.scales + index)) << 16) >> 16;
-}
-
 // From the exact sum over all groups to the result of 16 channels: exact too, up to one rounding to float32 and that of
 // the input's scale. A sum is in whole numbers of 32 bits, modulo 2^32, where the weight is narrow, else in double.
 class AlignedFinish {
@@ -56,6 +60,8 @@ class AlignedFinish {
   AlignedFinish(const Weight& w, int tile) : unit_(load<F32>(w.units + tile * kLanes)), fix_{} {
     if (w.fix != nullptr) fix_ = load<I32>((const int32_t*)w.fix + tile * kLanes);
   }
+
+  QSERVE_INLINE F32 operator()(Doubles total, float scale) const { return finish(to_float(total), scale); }
 
   QSERVE_INLINE F32 operator()(U32 total, float scale, float zero) const {
     return finish(to_float((I32)(total - (U32)fix_ * (U32)round_to_int(splat(zero)))), scale);

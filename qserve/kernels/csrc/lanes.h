@@ -64,8 +64,15 @@ QSERVE_INLINE void store_some(float* to, F32 value, int count) {
 
 QSERVE_INLINE float sum_lanes(F32 x) { return _mm512_reduce_add_ps((__m512)x); }
 QSERVE_INLINE float max_lanes(F32 x) { return _mm512_reduce_max_ps((__m512)x); }
+QSERVE_INLINE int32_t sum_lanes(I32 x) { return _mm512_reduce_add_epi32((__m512i)x); }
 
 #else
+
+QSERVE_INLINE int32_t sum_lanes(I32 x) {
+  int32_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += x[i];
+  return sum;
+}
 
 QSERVE_INLINE float sum_lanes(F32 x) {
   float lane[kLanes];
@@ -170,6 +177,23 @@ QSERVE_INLINE I32 widen(I8x16 x) {
   return (I32)_mm512_cvtepi8_epi32((__m128i)x);
 #else
   return __builtin_convertvector(x, I32);
+#endif
+}
+
+QSERVE_INLINE I32 load_int16(const void* from, int64_t index) {
+#if defined(__AVX512F__)
+  return (I32)_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)((const int16_t*)from + index)));
+#else
+  return (I32)(widen(load<U16x16>((const uint16_t*)from + index)) << 16) >> 16;
+#endif
+}
+
+// sums + x * y modulo 2^32, both factors of 16 bits.
+QSERVE_INLINE U32 add_product(U32 sums, I32 x, int32_t y) {
+#if defined(__AVX512VNNI__)
+  return (U32)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)x, _mm512_set1_epi32(y & 0xffff));
+#else
+  return sums + (U32)x * (uint32_t)y;
 #endif
 }
 

@@ -6,9 +6,9 @@
 namespace qserve {
 namespace {
 
-void multiply(const Weight& w, const Rows& rows, const Output& output, Scratch& scratch, Team& team) {
+void multiply(const Weight& w, const Rows& rows, const Output& output, Team& team) {
   if (w.form == kFloat) return multiply_float(w, rows, output, team);
-  multiply_integer(w, rows, output, scratch, team);
+  multiply_integer(w, rows, output, team);
 }
 
 void normalize_and_add(const Stage& stage, const float* y, int64_t features, Team& team) {
@@ -54,7 +54,7 @@ void run_linear(const Stage& stage, Scratch& scratch, Team& team) {
                            is_direct ? stage.gate : kNoGate,
                            is_direct ? stage.scale : 1.0f,
                            stage.soft_cap};
-    multiply(w, rows, output, scratch, team);
+    multiply(w, rows, output, team);
   }
   if (is_gated_later) gate_rows(stage, data, linear.out_features / 2, team);
   if (stage.post_norm != nullptr) normalize_and_add(stage, data, linear.out_features, team);

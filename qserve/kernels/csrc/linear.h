@@ -99,13 +99,13 @@ inline Blocks split_blocks(const Weight& w, int64_t num_rows, const Team& team) 
   return {rows, {w.tiles(), size + size % 2}};
 }
 
-void multiply_integer(const Weight& w, const Rows& rows, const Output& output, Scratch& scratch, Team& team);
+void multiply_integer(const Weight& w, const Rows& rows, const Output& output, Team& team);
 void multiply_float(const Weight& w, const Rows& rows, const Output& output, Team& team);
 
 // By AMX; false where this build, this weight or so few rows are not for it. Equal bits to multiply_integer.
 bool multiply_integer_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team);
-bool multiply_group_tiles(const Weight& w, const Rows& rows, const Output& output, Scratch& scratch, Team& team);
 void multiply_aligned_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team);
+void multiply_exact_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team);
 void multiply_bf16_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team);
 
 void run_linear(const Stage& stage, Scratch& scratch, Team& team);

@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "aligned.h"
+#include "digits.h"
 #include "linear.h"
 #include "tiles.h"
 
@@ -18,85 +19,7 @@ namespace qserve {
 
 namespace {
 
-constexpr int kStep = 64;       // inputs of one product of tiles
 constexpr int kBlockRows = 32;  // two tiles
-constexpr int kDigitBytes = kStep * kLanes;
-constexpr int kStepBytes = 2 * kDigitBytes;
-
-typedef uint16_t Words __attribute__((vector_size(64)));
-
-// The bytes of 16-bit numbers, of which `even` and `odd` hold every other one: all high ones at `to`, then the low ones.
-QSERVE_INLINE void store_digits(Words even, Words odd, int8_t* to) {
-  constexpr __mmask64 kEven = 0x5555555555555555, kOdd = ~kEven;
-  const __m512i swap = _mm512_set4_epi32(0x0e0f0c0d, 0x0a0b0809, 0x06070405, 0x02030001);
-  store(to, _mm512_mask_shuffle_epi8((__m512i)odd, kEven, (__m512i)even, swap));
-  store(to + kDigitBytes, _mm512_mask_shuffle_epi8((__m512i)even, kOdd, (__m512i)odd, swap));
-}
-
-// How codes of one group of 16 channels, four in each 16 bits, become whole numbers.
-class Shifted {  // where the code of zero differs
- public:
-  Shifted(const Weight& w, int64_t index) : multiples_(load_words(w, index)) {
-    const U32 zero = w.zeros == nullptr ? (U32)splat(w.code_bias) : widen(load<U8x16>(w.zeros + index * kLanes));
-    constant_ = -(Words)(zero | zero << 16) * multiples_;
-  }
-
-  static QSERVE_INLINE Words load_words(const Weight& w, int64_t index) {  // of each channel, twice
-    const U32 multiples = widen(load<U16x16>((const uint16_t*)w.scales + index * kLanes));
-    return (Words)(multiples | multiples << 16);
-  }
-
-  QSERVE_INLINE void unpack(Words codes, int8_t* to) const {
-    const Words mask = (Words)splat(0x000f000f);
-    store_digits(product(codes & mask), product((codes >> 8) & mask), to);
-    store_digits(product((codes >> 4) & mask), product(codes >> 12), to + 64);
-  }
-
- private:
-  QSERVE_INLINE Words product(Words codes) const { return codes * multiples_ + constant_; }
-
-  Words multiples_, constant_;
-};
-
-class Symmetric {  // where it is 8: the upper four bits of a number can be its signed code times 2^12
- public:
-  Symmetric(const Weight& w, int64_t index) : multiples_(Shifted::load_words(w, index) << 3) {}
-
-  QSERVE_INLINE void unpack(Words codes, int8_t* to) const {
-    const Words all = codes ^ (uint16_t)0x8888, mask = (Words)splat((int32_t)0xf000f000);
-    store_digits(product(all << 12), product((all << 4) & mask), to);
-    store_digits(product((all << 8) & mask), product(all & mask), to + 64);
-  }
-
- private:
-  // What is above 2^15 is all of the product: there is nothing to round.
-  QSERVE_INLINE Words product(Words codes) const {
-    return (Words)_mm512_mulhrs_epi16((__m512i)codes, (__m512i)multiples_);
-  }
-
-  Words multiples_;
-};
-
-// Unpacks half a step of one tile of channels to (digit, input / 4, channel, input % 4), the high digit first. Groups are
-// whole multiples of Inputs.
-template <class Numbers, int Inputs>
-struct Unpack {
-  static QSERVE_INLINE void half(const Weight& w, int64_t tile, int64_t step, int half, int8_t* to) {
-    constexpr int kUnits = 4, kRun = Inputs / 8, kAhead = 4096;  // the last in bytes
-    const uint32_t run = (uint32_t)(step * 2 + half) * (kUnits / kRun), runs_a_group = (uint32_t)w.padded_group / Inputs;
-    const uint8_t* codes = w.codes + ((tile * w.padded_features() / 8) + (step * 2 + half) * kUnits) * 64;
-    to += half * kUnits * 128;
-#pragma GCC unroll 4
-    for (int unit = 0; unit < kUnits; unit += kRun) {
-      const Numbers numbers(w, tile * w.groups + (run + unit / kRun) / runs_a_group);
-#pragma GCC unroll 4
-      for (int i = unit; i < unit + kRun; ++i) {
-        __builtin_prefetch(codes + i * 64 + kAhead);
-        numbers.unpack(load<Words>(codes + i * 64), to + i * 128);
-      }
-    }
-  }
-};
 
 constexpr int kRowSums = 2 * kLanes;  // of a row: sums of high digits, then those of low ones
 
@@ -276,7 +199,7 @@ Multiply choose_multiply(const Weight& w) {
 
 bool uses_aligned_tiles(const Weight& w, int num_rows) {
   constexpr int kFewest = 6;  // measured: with fewer the vector kernel is faster
-  return w.units != nullptr && num_rows >= kFewest && allow_tiles();
+  return w.units != nullptr && w.planes == 1 && num_rows >= kFewest && allow_tiles();
 }
 
 void multiply_aligned_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team) {

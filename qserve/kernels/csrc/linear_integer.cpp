@@ -6,16 +6,18 @@
 namespace qserve {
 namespace {
 
-// Eight codes along the input for 16 channels: the first four in `low`, the others in `high`.
+// Eight codes along the input for 16 channels: the first four in `low`, the others in `high`, times 16 where they stay
+// in the upper half of their byte.
 struct Codes {
   Bytes low, high;
 };
 
-template <int Bits>
+template <int Bits, bool IsHighTimes16>
 QSERVE_INLINE Codes load_codes(const uint8_t* from) {
   if constexpr (Bits == 8) return {load<Bytes>(from), load<Bytes>(from + 64)};
   const U32 pairs = load<U32>(from);
-  return {(Bytes)(pairs & 0x0f0f0f0fu), (Bytes)((pairs >> 4) & 0x0f0f0f0fu)};
+  const U32 high = IsHighTimes16 ? pairs & 0xf0f0f0f0u : (pairs >> 4) & 0x0f0f0f0fu;
+  return {(Bytes)(pairs & 0x0f0f0f0fu), (Bytes)high};
 }
 
 template <int Bits>
@@ -25,21 +27,21 @@ constexpr int kUnitBytes = Bits == 4 ? 64 : 128;  // of eight codes for 16 chann
 // in two chains each, since one would wait for its own last addition.
 template <int Bits, int Count>
 QSERVE_INLINE void dot_group(const uint8_t* codes, int units, const int8_t* const* inputs, int64_t at, I32* sums) {
-  constexpr bool kIsSplit = Count < 4;
+  constexpr bool kIsSplit = Count < 4, kIsHighTimes16 = kIsSplit && Bits == 4;
   constexpr int kAhead = 128 * kUnitBytes<Bits>;
   I32 others[Count] = {};
   for (int unit = 0; unit < units; ++unit, codes += kUnitBytes<Bits>, at += 8) {
     __builtin_prefetch(codes + kAhead);
     if constexpr (Bits == 8) __builtin_prefetch(codes + kAhead + 64);
-    const Codes eight = load_codes<Bits>(codes);
+    const Codes eight = load_codes<Bits, kIsHighTimes16>(codes);
     for (int i = 0; i < Count; ++i) {
       I32& high = kIsSplit ? others[i] : sums[i];
       sums[i] = dot<Bits>(sums[i], eight.low, inputs[i] + at);
-      high = dot<Bits>(high, eight.high, inputs[i] + at + 4);
+      high = dot<kIsHighTimes16 ? 8 : Bits>(high, eight.high, inputs[i] + at + 4);
     }
   }
   if constexpr (kIsSplit)
-    for (int i = 0; i < Count; ++i) sums[i] += others[i];
+    for (int i = 0; i < Count; ++i) sums[i] += kIsHighTimes16 ? others[i] >> 4 : others[i];
 }
 
 // Units is the length of a group in units of eight inputs, or 0 where it is known only at run time.
@@ -73,43 +75,56 @@ void multiply_tile(const Weight& w, const Rows& rows, const Output& output, int 
 }
 
 // The same with aligned scales: sums of so many groups as 32 bits hold, of a narrow weight all, and of those in double.
-template <int Units, int NumRows>
+// Inputs of one plane are what the recipe makes of them; those of three are exact, and codes may have constants.
+template <int Planes, int Units, int NumRows>
 void multiply_aligned_tile(const Weight& w, const Rows& rows, const Output& output, int tile, int64_t first_row) {
+  constexpr int kCount = Planes * NumRows;
   constexpr int kMostInputs = 512;  // 128 * 8 * 4079 for each stays below 2^31
   const int units = Units ? Units : w.padded_group / 8;
   const int most = w.is_narrow ? w.groups : w.group_size < kMostInputs ? kMostInputs / w.group_size : 1;
-  const int8_t* inputs[NumRows];
-  for (int r = 0; r < NumRows; ++r) inputs[r] = rows.codes + (first_row + r) * rows.stride;
-  Doubles y[NumRows] = {};
+  const bool has_constants = Planes == 3 && w.offsets != nullptr;
+  const int8_t* inputs[kCount];
+  const int32_t* starts[kCount];
+  for (int i = 0; i < kCount; ++i) {
+    inputs[i] = rows.codes + (first_row * Planes + i) * rows.stride;
+    starts[i] = rows.starts + (first_row + i / Planes) * w.groups * Planes + i % Planes;
+  }
+  Doubles y[kCount] = {};
   int64_t index = (int64_t)tile * w.groups;
   const uint8_t* codes = w.codes + index * units * 64;
   for (int g = 0; g < w.groups;) {
-    I32 totals[NumRows] = {};
+    U32 totals[kCount] = {};
     for (const int end = g + most < w.groups ? g + most : w.groups; g < end; ++g, ++index, codes += units * 64) {
-      I32 sums[NumRows];
-      for (int r = 0; r < NumRows; ++r) sums[r] = splat(rows.starts[(first_row + r) * w.groups + g]);
-      if (w.zeros != nullptr) {
+      I32 sums[kCount];
+      for (int i = 0; i < kCount; ++i) sums[i] = splat(has_constants ? 0 : starts[i][g * Planes]);
+      if (Planes == 1 && w.zeros != nullptr) {
         const I32 zeros = (I32)widen(load<U8x16>(w.zeros + index * kLanes));
-        for (int r = 0; r < NumRows; ++r) sums[r] *= zeros;
+        for (int i = 0; i < kCount; ++i) sums[i] *= zeros;
       }
-      dot_group<4, NumRows>(codes, units, inputs, (int64_t)g * w.padded_group, sums);
-      const I32 multiples = load_multiples(w, index * kLanes);
-      for (int r = 0; r < NumRows; ++r) totals[r] += sums[r] * multiples;
+      dot_group<4, kCount>(codes, units, inputs, (int64_t)g * w.padded_group, sums);
+      const U32 multiples = (U32)load_int16(w.scales, index * kLanes);
+      for (int i = 0; i < kCount; ++i) totals[i] += (U32)sums[i] * multiples;
+      if (!has_constants) continue;
+      const I32 constants = load_int16(w.offsets, index * kLanes);
+      for (int i = 0; i < kCount; ++i) totals[i] = add_product(totals[i], constants, starts[i][g * Planes]);
     }
-    for (int r = 0; r < NumRows; ++r) y[r] = y[r] + to_doubles(totals[r]);
+    for (int i = 0; i < kCount; ++i) y[i] = y[i] + to_doubles((I32)totals[i]);
   }
   const AlignedFinish finish(w, tile);
   for (int64_t r = 0; r < NumRows; ++r) {
     const int64_t row = first_row + r;
-    output.put(row, tile, finish(y[r], rows.scales[row], rows.zeros[row]));
+    Doubles total = y[r * Planes];
+    for (int p = 1; p < Planes; ++p) total = total * 256.0 + y[r * Planes + p];
+    output.put(row, tile, finish(total, rows.scales[row], Planes == 1 ? rows.zeros[row] : 0.0f));
   }
 }
 
-template <int Units, int NumRows = 8>
+template <int Planes, int Units, int NumRows = 8 / Planes>
 void multiply_aligned_rows(const Weight& w, const Rows& rows, const Output& output, int tile, int64_t row) {
-  for (; row + NumRows <= rows.count; row += NumRows) multiply_aligned_tile<Units, NumRows>(w, rows, output, tile, row);
+  for (; row + NumRows <= rows.count; row += NumRows)
+    multiply_aligned_tile<Planes, Units, NumRows>(w, rows, output, tile, row);
   if constexpr (NumRows > 1)
-    if (row < rows.count) multiply_aligned_rows<Units, NumRows / 2>(w, rows, output, tile, row);
+    if (row < rows.count) multiply_aligned_rows<Planes, Units, NumRows / 2>(w, rows, output, tile, row);
 }
 
 // As many rows at once as registers hold their sums, then half as many, down to one.
@@ -128,7 +143,11 @@ Kernel choose_kernel(const Weight& w) {
       {multiply_rows<4, 1, 0>, multiply_rows<4, 2, 0>, multiply_rows<4, 3, 0>},
       {multiply_rows<8, 1, 0>, multiply_rows<8, 2, 0>, multiply_rows<8, 3, 0>},
   };
-  if (w.units != nullptr) return w.padded_group == 32 ? multiply_aligned_rows<4> : multiply_aligned_rows<0>;
+  static constexpr Kernel aligned[2][2] = {
+      {multiply_aligned_rows<1, 0>, multiply_aligned_rows<1, 4>},
+      {multiply_aligned_rows<3, 0>, multiply_aligned_rows<3, 4>},
+  };
+  if (w.units != nullptr) return aligned[w.planes == 3][w.padded_group == 32];
   static constexpr Kernel of_32[2] = {multiply_rows<4, 1, 4>, multiply_rows<4, 2, 4>};
   if (w.form == kInt4 && w.padded_group == 32 && w.planes < 3) return of_32[w.planes - 1];
   return kernels[w.form == kInt8][w.planes - 1];
@@ -136,9 +155,9 @@ Kernel choose_kernel(const Weight& w) {
 
 }  // namespace
 
-void multiply_integer(const Weight& w, const Rows& rows, const Output& output, Scratch& scratch, Team& team) {
+void multiply_integer(const Weight& w, const Rows& rows, const Output& output, Team& team) {
   if (uses_aligned_tiles(w, rows.count)) return multiply_aligned_tiles(w, rows, output, team);
-  if (w.units == nullptr && multiply_group_tiles(w, rows, output, scratch, team)) return;
+  if (uses_exact_tiles(w, rows.count)) return multiply_exact_tiles(w, rows, output, team);
   if (w.units == nullptr && multiply_integer_tiles(w, rows, output, team)) return;
   const Kernel kernel = choose_kernel(w);
   const int64_t tile_bytes = (int64_t)w.padded_features() * (w.form == kInt4 ? 8 : 16);

@@ -9,15 +9,19 @@ namespace {
 
 constexpr float kTiny = 1.17549435e-38f;
 constexpr float kEpsilon = 1.1920929e-07f;
+constexpr float kNothing = 1e-24f;  // exact inputs that are all smaller count as zeros: their scale has no inverse
 
 // Where one row's numbers go; see Rows.
 struct Row {
   int8_t* codes;
-  int64_t stride;
+  int64_t stride;  // from plane to plane
+  int64_t step;    // from 64 inputs to the next
   int32_t* starts;
   float* scales;
   float* totals;
   float* zero;
+
+  QSERVE_INLINE int8_t* at(int64_t input) const { return codes + input / PlaneTiles::kStep * step + input % PlaneTiles::kStep; }
 };
 
 QSERVE_INLINE void store_codes(int8_t* to, I32 codes) { store(to, narrow(codes)); }
@@ -28,13 +32,17 @@ float largest_magnitude(const float* x, int64_t count) {
   return max_lanes(most);
 }
 
-int32_t sum_codes(const int8_t* codes, int64_t count) {
-  int32_t sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += codes[i];
-  return sum;
+// Of one plane, over [begin, end), whole multiples of 16.
+int32_t sum_codes(const Row& row, int plane, int64_t begin, int64_t end) {
+  I32 sums = {};
+  for (int64_t i = begin; i < end; i += kLanes) sums += widen(load<I8x16>(row.at(i) + plane * row.stride));
+  return sum_lanes(sums);
 }
 
-int32_t start_factor(const Weight& w) { return w.zeros != nullptr ? -1 : -w.code_bias; }
+int32_t start_factor(const Weight& w) {
+  if (w.units != nullptr && w.offsets != nullptr) return 1;  // times a constant, which knows the code of zero
+  return w.zeros != nullptr ? -1 : -w.code_bias;
+}
 
 // Fills starts, and totals in units of `unit(group)`.
 template <class Unit>
@@ -43,7 +51,7 @@ void sum_groups(const Weight& w, const Row& row, const Unit& unit) {
   for (int g = 0; g < w.groups; ++g) {
     float total = 0;
     for (int p = 0; p < w.planes; ++p) {
-      const int32_t sum = sum_codes(row.codes + p * row.stride + (int64_t)g * w.padded_group, w.padded_group);
+      const int32_t sum = sum_codes(row, p, (int64_t)g * w.padded_group, (int64_t)(g + 1) * w.padded_group);
       row.starts[g * w.planes + p] = sum * start_factor(w);
       total = total * 256.0f + (float)sum;
     }
@@ -63,9 +71,9 @@ QSERVE_INLINE void store_digits(int8_t* to, int64_t stride, I32 number) {
 }
 
 // The scale of a group's 16-bit inputs: the power of two that its largest needs. So input times scale is exact wherever
-// the scale is multiplied in. What is too small for that to hold in bfloat16 counts as nothing.
+// the scale is multiplied in.
 float choose_scale(float most) {
-  constexpr float kMost = 127.0f * 256, kNothing = 1e-24f;
+  constexpr float kMost = 127.0f * 256;
   if (most < kNothing) return 0.0f;
   int exponent;
   std::frexp(most / kMost, &exponent);
@@ -74,9 +82,10 @@ float choose_scale(float most) {
 
 // Sixteen at a time, so what is written past `count` belongs to the next group, which is written later.
 template <int Planes>
-void quantize_exact(const float* x, int64_t count, float factor, int8_t* to, int64_t stride) {
+void quantize_exact(const float* x, int64_t begin, int64_t count, float factor, const Row& row) {
   for (int64_t i = 0; i < count; i += kLanes)
-    store_digits<Planes>(to + i, stride, round_to_int(load_some(x + i, (int)(count - i)) * splat(factor)));
+    store_digits<Planes>(row.at(begin + i), row.stride,
+                         round_to_int(load_some(x + begin + i, (int)(count - i)) * splat(factor)));
 }
 
 void quantize_groups(const float* x, const Weight& w, const Row& row) {
@@ -84,7 +93,7 @@ void quantize_groups(const float* x, const Weight& w, const Row& row) {
     const int64_t at = (int64_t)g * w.padded_group;
     const float scale = choose_scale(largest_magnitude(x + at, w.padded_group));
     row.scales[g] = scale;
-    quantize_exact<2>(x + at, w.padded_group, scale > 0 ? 1.0f / scale : 0.0f, row.codes + at, row.stride);
+    quantize_exact<2>(x, at, w.padded_group, scale > 0 ? 1.0f / scale : 0.0f, row);
   }
   sum_groups(w, row, [&](int g) { return row.scales[g]; });
 }
@@ -93,7 +102,7 @@ void quantize_long(const float* x, const Weight& w, const Row& row) {
   constexpr float kMost = 127.0f * 65536;
   const float most = largest_magnitude(x, w.padded_features());
   row.scales[0] = most / kMost;
-  quantize_exact<3>(x, w.padded_features(), most > 0 ? kMost / most : 0.0f, row.codes, row.stride);
+  quantize_exact<3>(x, 0, w.padded_features(), most > kNothing ? kMost / most : 0.0f, row);
   sum_groups(w, row, [](int) { return 1.0f; });
 }
 
@@ -187,10 +196,26 @@ void gather_row(const Stage& stage, const Weight& w, int64_t row, float* x, floa
     memcpy(x + (int64_t)g * w.padded_group, plain + (int64_t)g * w.group_size, w.group_size * sizeof(float));
 }
 
+// Where a row's codes begin, and how far it is from plane to plane and from step to step.
+struct Place {
+  int64_t begin, stride, step;
+};
+
+Place place_of(const Rows& rows, const Weight& w, int64_t row) {
+  constexpr int64_t kStep = PlaneTiles::kStep, kTileBytes = PlaneTiles::kTileBytes, kFew = PlaneTiles::kFewRows;
+  if (!rows.is_tiled) return {row * rows.planes * rows.stride, rows.stride, kStep};
+  const int64_t r = row % PlaneTiles::kRows, block = PlaneTiles::place(w, row - r);
+  const int tiles = PlaneTiles::count(rows.count - (row - r));
+  if (tiles == 3) return {block + r * kStep, kTileBytes, 3 * kTileBytes};
+  return {block + r / kFew * kTileBytes + r % kFew * 3 * kStep, kStep, tiles * kTileBytes};
+}
+
 Row row_of(const Rows& rows, const Weight& w, int64_t row) {
   const int64_t scales = w.planes == 2 ? w.groups : 1;
-  return {(int8_t*)rows.codes + row * rows.planes * rows.stride,
-          rows.stride,
+  const Place place = place_of(rows, w, row);
+  return {(int8_t*)rows.codes + place.begin,
+          place.stride,
+          place.step,
           rows.starts == nullptr ? nullptr : (int32_t*)rows.starts + row * w.groups * w.planes,
           (float*)rows.scales + row * scales,
           (float*)rows.totals + row * w.groups,
@@ -214,7 +239,8 @@ Rows take_rows(const Weight& w, int count, Scratch& scratch) {
   }
   rows.stride = stride_of(w, 1);
   rows.codes = scratch.take<int8_t>(plane_rows * rows.stride);
-  if (!uses_aligned_tiles(w, count)) rows.starts = scratch.take<int32_t>((int64_t)count * w.groups * w.planes);
+  rows.is_tiled = uses_exact_tiles(w, count);
+  if (!uses_aligned_tiles(w, count) && !(rows.is_tiled && w.units != nullptr)) rows.starts = scratch.take<int32_t>((int64_t)count * w.groups * w.planes);
   rows.scales = scratch.take<float>((int64_t)count * (w.planes == 2 ? w.groups : 1));
   rows.totals = scratch.take<float>((int64_t)(count + 16) * w.groups);
   rows.zeros = scratch.take<float>(count);

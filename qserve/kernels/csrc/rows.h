@@ -19,6 +19,7 @@ struct Rows {
   int count;
   int planes;
   int64_t stride;        // numbers from one plane to the next; the planes of a row follow each other
+  bool is_tiled;         // codes stand as PlaneTiles says instead
   const int8_t* codes;   // (count, planes, stride)
   const int32_t* starts; // (count, groups, planes): the plane's sum over the group, times minus the code bias; or null
   const float* scales;   // (count, groups) with two planes, else (count,)
@@ -28,11 +29,32 @@ struct Rows {
   const float* values;     // (count, stride)
 };
 
+// Three planes for AMX stand in blocks of 16 rows, and in a block step by step: 64 inputs of all its rows, as one, two or
+// three tiles of 16 x 64 bytes. Which row of which tile holds row r's plane p:
+//
+//     up to 5 rows    one tile    row 3 r + p
+//     up to 10 rows   two tiles   row 3 (r % 5) + p of tile r / 5
+//     more            three       row r of tile p
+//
+// The last rows of a tile may hold anything.
+struct PlaneTiles {
+  static constexpr int kRows = 16, kStep = 64, kTileBytes = kRows * kStep, kFewRows = 5;
+
+  // Tiles of a block that begins with so many rows left.
+  static int count(int64_t rows_left) { return rows_left <= kFewRows ? 1 : rows_left <= 2 * kFewRows ? 2 : 3; }
+
+  // Where the block that begins with this row stands.
+  static int64_t place(const Weight& w, int64_t row) { return row / kRows * 3 * kRows * w.padded_features(); }
+};
+
 // Whether a float weight is multiplied by AMX in bfloat16, on this build.
 bool uses_bf16_tiles(const Weight& weight);
 
 // Whether so many rows times a weight with aligned scales go through AMX: sums over groups are of no use there.
 bool uses_aligned_tiles(const Weight& weight, int num_rows);
+
+// Whether so many rows with three planes go through AMX: codes are tiled then.
+bool uses_exact_tiles(const Weight& weight, int num_rows);
 
 Rows prepare_rows(const Stage& stage, const Weight& weight, Scratch& scratch, Team& team);
 

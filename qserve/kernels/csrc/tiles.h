@@ -32,6 +32,12 @@ QSERVE_INLINE void tile_load(const void* from, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(Tile) : "memory");
 }
 
+// The same for what comes once, or not again before the first cache has lost it: it takes less of that cache's room.
+template <int Tile>
+QSERVE_INLINE void tile_stream(const void* from, int64_t stride) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(Tile) : "memory");
+}
+
 template <int Tile>
 QSERVE_INLINE void tile_store(void* to, int64_t stride = 64) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(Tile) : "memory");
@@ -44,11 +50,6 @@ QSERVE_INLINE void tile_dot() {
     asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(Inputs), "i"(Weights));
   else
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(Inputs), "i"(Weights));
-}
-
-template <int Sums, int Inputs, int Weights>
-QSERVE_INLINE void tile_dot_bf16() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(Inputs), "i"(Weights));
 }
 
 #endif

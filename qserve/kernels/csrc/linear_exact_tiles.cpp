@@ -29,17 +29,10 @@ struct Pair {
   const int8_t *left, *right;
 };
 
-// Inputs of several blocks of rows pass through the first cache, one block alone stays there.
-template <bool IsStream, int Tile>
-QSERVE_INLINE void load_inputs(const int8_t* from) {
-  if constexpr (IsStream) tile_stream<Tile>(from, 64);
-  if constexpr (!IsStream) tile_load<Tile>(from, 64);
-}
-
 // Sums of each plane and side apart: (row, plane, side, 16 channels). Of one tile of inputs (or two) all planes of five rows
 // follow each other, of three each is a plane: tiles 0 and 1 of sums are the first one's, 2 and 3 the second's, 4 and 5 the
 // third's. The sixteenth row of a tile of five is nobody's, and stands where the next tile's first belongs.
-template <bool IsLeftUnsigned, int Tiles, bool IsStream = false>
+template <bool IsLeftUnsigned, int Tiles, bool IsStream = false>  // of several blocks of rows, inputs are a stream
 struct Apart {
   static constexpr int kTiles = Tiles, kRowSums = kPlanes * 2 * kLanes;
   static constexpr int64_t kNextTile = Tiles == 3 ? 2 * kLanes : PlaneTiles::kFewRows * kRowSums;
@@ -49,20 +42,20 @@ struct Apart {
   template <class Amidst>
   static QSERVE_INLINE void multiply(const int8_t* inputs, const Pair& weights, Amidst& amidst) {
     tile_load<6>(weights.left, 64);
-    load_inputs<IsStream, 7>(inputs);
+    tile_load_inputs<IsStream, 7>(inputs, 64);
     tile_dot<IsLeftUnsigned, 0, 7, 6>();
     tile_load<6>(weights.right, 64);
     tile_dot<true, 1, 7, 6>();
     amidst(0);
     if constexpr (Tiles > 1) {
-      load_inputs<IsStream, 7>(inputs + kTileBytes);
+      tile_load_inputs<IsStream, 7>(inputs + kTileBytes, 64);
       tile_dot<true, 3, 7, 6>();
       tile_load<6>(weights.left, 64);
       tile_dot<IsLeftUnsigned, 2, 7, 6>();
     }
     amidst(1);
     if constexpr (Tiles > 2) {
-      load_inputs<IsStream, 7>(inputs + 2 * kTileBytes);
+      tile_load_inputs<IsStream, 7>(inputs + 2 * kTileBytes, 64);
       tile_dot<IsLeftUnsigned, 4, 7, 6>();
       tile_load<6>(weights.right, 64);
       tile_dot<true, 5, 7, 6>();
@@ -117,16 +110,16 @@ struct ByPower {
   template <class Amidst>
   static QSERVE_INLINE void multiply(const int8_t* inputs, const Pair& weights, Amidst& amidst) {
     tile_load<7>(weights.right, 64);
-    load_inputs<IsStream, 4>(inputs);
+    tile_load_inputs<IsStream, 4>(inputs, 64);
     tile_dot<true, 1, 4, 7>();
-    load_inputs<IsStream, 5>(inputs + kTileBytes);
+    tile_load_inputs<IsStream, 5>(inputs + kTileBytes, 64);
     tile_dot<true, 2, 5, 7>();
     amidst(0);
     tile_load<6>(weights.left, 64);
     tile_dot<false, 0, 4, 6>();
     tile_dot<false, 1, 5, 6>();
     amidst(1);
-    load_inputs<IsStream, 4>(inputs + 2 * kTileBytes);
+    tile_load_inputs<IsStream, 4>(inputs + 2 * kTileBytes, 64);
     tile_dot<false, 2, 4, 6>();
     tile_dot<true, 3, 4, 7>();
   }

@@ -32,10 +32,16 @@ QSERVE_INLINE void tile_load(const void* from, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(Tile) : "memory");
 }
 
-// The same for what comes once, or not again before the first cache has lost it: it takes less of that cache's room.
+// The same for what comes once, or not again before the first cache has lost it: it leaves that cache to the others.
 template <int Tile>
 QSERVE_INLINE void tile_stream(const void* from, int64_t stride) {
   asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(Tile) : "memory");
+}
+
+template <bool IsStream, int Tile>
+QSERVE_INLINE void tile_load_inputs(const void* from, int64_t stride) {
+  if constexpr (IsStream) tile_stream<Tile>(from, stride);
+  if constexpr (!IsStream) tile_load<Tile>(from, stride);
 }
 
 template <int Tile>

@@ -34,6 +34,7 @@ Choose = Callable[[Tensor, Tensor], Tensor]  # `sample` of kernels/ops.py
 
 _LIKELIEST = (0.0, 0.0, 0.0, 1.0, 0.0)  # a row of `draws`
 _NUM_TRIALS = 4
+_MOST = 2**31  # for top-k, which may be a number that no float can hold; no vocabulary has as many
 
 
 class Sampler:
@@ -69,7 +70,8 @@ class Sampler:
         params = request.params
         if params.temperature == 0:
             return _LIKELIEST
-        return params.temperature, self._uniform(request, number), params.top_k, params.top_p, params.min_p
+        top_k = min(params.top_k, _MOST)
+        return params.temperature, self._uniform(request, number), top_k, params.top_p, params.min_p
 
     def _try_again(self, logits: Floats, request: Request) -> int | None:
         """The first that the rules permit of some more, where they forbid what was chosen of the raw logits."""

@@ -133,6 +133,13 @@ def test_a_row_minds_only_itself() -> None:
     assert together == alone == backwards
 
 
+@pytest.mark.parametrize("options", [{}, {"logit_bias": {3: 1.0}}, {"typical_p": 0.9}])
+def test_a_top_k_beyond_all_numbers_leaves_all(options: dict[str, Any]) -> None:
+    logits = _logits().expand(50, -1)
+    most = [_request(seed=seed, top_k=10**400, **options) for seed in range(50)]
+    assert Sampler().sample(logits, most) == Sampler().sample(logits, [_request(seed=s, **options) for s in range(50)])
+
+
 def test_seeds() -> None:
     logits = _logits().expand(64, -1)
     with_seed = [_request(temperature=1.0, seed=9)] * 64

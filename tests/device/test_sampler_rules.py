@@ -214,9 +214,10 @@ def test_a_grammar_that_permits_most_is_hardly_ever_asked_for_all(temperature: f
 
 
 def test_what_cannot_be_drawn_is_not_the_likeliest() -> None:
-    logits = np.array([1.0, -np.inf, -np.inf], dtype=np.float32)
-    for temperature in (0.0, 1.0):
-        params = SamplingParams(max_tokens=1, temperature=temperature)
-        assert (
-            Case(logits=logits, permitted=np.array([1, 2]), params=params, knows_allowed=False).sample("plain") is None
-        )
+    for likeliest in range(3):
+        logits = np.full(3, -np.inf, dtype=np.float32)
+        logits[likeliest] = 1.0
+        for temperature in (0.0, 1.0):
+            params = SamplingParams(max_tokens=1, temperature=temperature)
+            others = np.delete(np.arange(3), likeliest)
+            assert Case(logits=logits, permitted=others, params=params, knows_allowed=False).sample("plain") is None

@@ -37,14 +37,13 @@ from qserve.bench.target import Server, Target, connect
 from qserve.bench.work import COMPLETIONS, Job
 from qserve.errors import UsageError
 
-OURS = {
-    f"qserve-{name}": recipe
-    for name, recipe in {
-        "int8da-int4w": "int8-dynamic-act-int4-weight",
-        "int4wo": "int4-weight-only",
-        "int8da-int8w": "int8-dynamic-act-int8-weight",
-        "bf16": FLOAT,
-    }.items()
+# The recipe, and options of the server.
+OURS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "qserve-int8da-int4w": ("int8-dynamic-act-int4-weight", ()),
+    "qserve-int8da-int4w-kv8": ("int8-dynamic-act-int4-weight", ("--kv-cache-dtype", "int8")),
+    "qserve-int4wo": ("int4-weight-only", ()),
+    "qserve-int8da-int8w": ("int8-dynamic-act-int8-weight", ()),
+    "qserve-bf16": (FLOAT, ()),
 }
 FIGURES = {
     "output_throughput": "tok/s",
@@ -143,7 +142,8 @@ def start(name: str, stack: ExitStack, *, clients: int) -> tuple[Server, ServerP
     nowhere = connect(Target(label=name, url="http://127.0.0.1:9", model="none"), api_key="", seconds=1)
     try:
         if name in OURS:
-            own = stack.enter_context(ServerProcess([str(get_model("smollm2", OURS[name]))]))
+            recipe, options = OURS[name]
+            own = stack.enter_context(ServerProcess([str(get_model("smollm2", recipe)), *options]))
             own.wait_until_ready()
             server = connect(Target(label=name, url=own.url, model=""), api_key="", seconds=600)
             server.extra = IGNORE_EOS

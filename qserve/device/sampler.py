@@ -62,7 +62,8 @@ class Sampler:
         return tokens
 
     def _choose_by(self, logits: Tensor, draws: Sequence[tuple[float, ...]]) -> list[int]:
-        tokens: list[int] = self._choose(logits, torch.tensor(draws, dtype=torch.float64)).tolist()
+        # From tuples numpy makes an array in a tenth of torch's time.
+        tokens: list[int] = self._choose(logits, torch.from_numpy(np.array(draws, dtype=np.float64))).tolist()
         return tokens
 
     def _describe(self, request: Request, *, number: int = 0) -> tuple[float, ...]:

@@ -34,6 +34,7 @@ from qserve.device.batch import make_batch
 from qserve.device.kv_cache import KVCache, make_cache
 from qserve.device.load import load_model
 from qserve.device.runner import Model, ModelRunner
+from qserve.device.sampler import Sampler
 from qserve.engine.request import Chunk, Request, SamplingParams
 from qserve.kernels.build import choose_variant, count_cores, load_library
 from qserve.kernels.native import NativeOps
@@ -107,9 +108,10 @@ def main() -> int:
     quality: list[dict[str, Any]] = []
     for path in models:
         timer = TimedRunner()
-        model, ids = load(path, NativeOps(timer, choose_variant()), text=text, num_tokens=args.tokens)
+        ops = NativeOps(timer, choose_variant())
+        model, ids = load(path, ops, text=text, num_tokens=args.tokens)
         if args.repeats:
-            speed += measure_speed(path.name, model, types, timer, repeats=args.repeats)
+            speed += measure_speed(path.name, model, types, timer, Sampler(choose=ops.sample), repeats=args.repeats)
         if args.tokens:
             quality += measure_quality(path.name, model, types, ids)
     for rows in (speed, quality):
@@ -128,12 +130,12 @@ def load(path: Path, ops: NativeOps, *, text: str, num_tokens: int) -> tuple[Mod
 
 
 def measure_speed(
-    name: str, model: Model, types: dict[str, torch.dtype], timer: TimedRunner, *, repeats: int
+    name: str, model: Model, types: dict[str, torch.dtype], timer: TimedRunner, sampler: Sampler, *, repeats: int
 ) -> list[dict[str, Any]]:
     """Medians over the repeats, milliseconds of a step."""
     rows = []
     for point in POINTS:
-        runners = {kind: _fill(model, point, dtype) for kind, dtype in types.items()}
+        runners = {kind: _fill(model, sampler, point, dtype) for kind, dtype in types.items()}
         found: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in types}
         for repeat in range(repeats + 1):  # the first is to warm up
             for kind in list(types)[:: 1 if repeat % 2 else -1]:
@@ -156,7 +158,7 @@ def measure_speed(
     return rows
 
 
-def _fill(model: Model, point: Point, dtype: torch.dtype) -> tuple[ModelRunner, list[Chunk]]:
+def _fill(model: Model, sampler: Sampler, point: Point, dtype: torch.dtype) -> tuple[ModelRunner, list[Chunk]]:
     """A runner over a cache of any numbers, and the step's chunks, whose blocks lie anywhere."""
     cache = make_cache(model.cache_shapes, num_blocks=point.num_blocks, block_size=_BLOCK_SIZE, dtype=dtype, device=CPU)
     for layer in cache.layers:
@@ -177,7 +179,7 @@ def _fill(model: Model, point: Point, dtype: torch.dtype) -> tuple[ModelRunner, 
         )
         for row in range(point.rows)
     ]
-    return ModelRunner(model, cache, device=CPU), chunks
+    return ModelRunner(model, cache, device=CPU, sampler=sampler), chunks
 
 
 def _time_steps(runner: ModelRunner, chunks: list[Chunk], timer: TimedRunner) -> tuple[float, float, float]:

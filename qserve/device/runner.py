@@ -48,11 +48,11 @@ class MemoryFacts:
 class ModelRunner:
     """Runs steps. Called by one thread."""
 
-    def __init__(self, model: Model, cache: KVCache, *, device: torch.device, sampler: Sampler | None = None) -> None:
+    def __init__(self, model: Model, cache: KVCache, *, device: torch.device, sampler: Sampler) -> None:
         self._model = model
         self._cache = cache
         self._device = device
-        self._sampler = sampler or Sampler()
+        self._sampler = sampler
         self._decode_batches = DecodeBatches(block_size=cache.block_size)
 
     @property

@@ -8,6 +8,7 @@ from qserve.device.architectures import read_spec
 from qserve.device.decoder import Decoder, load_decoder
 from qserve.device.kv_cache import make_cache
 from qserve.device.runner import ModelRunner
+from qserve.device.sampler import Sampler
 from qserve.engine.engine import Engine
 from qserve.engine.request import Request, SamplingParams, TokenLogprob
 from qserve.engine.scheduler import Scheduler
@@ -17,7 +18,7 @@ from tests.device.driving import CPU, config_of, prompt, weights_of
 from tests.kernels.native import VARIANTS, open_variant
 from tests.tiny import make_model
 
-PARAMS = SamplingParams(max_tokens=40, temperature=0.0, logprobs=2)
+PARAMS = SamplingParams(max_tokens=40, temperature=0.8, top_p=0.95, seed=3, logprobs=2)
 PROMPTS = [prompt(40) + prompt(length, seed=length) for length in (3, 30, 9, 55, 17, 1)]  # one beginning
 Answer = tuple[int | None, tuple[TokenLogprob, ...]]
 
@@ -30,12 +31,13 @@ def load(ops: Ops) -> Decoder:
 
 
 def run(
-    decoder: Decoder, prompts: list[list[int]], *, dtype: torch.dtype, num_blocks: int = 60, tokens: int = 64
+    ops: Ops, prompts: list[list[int]], *, dtype: torch.dtype, num_blocks: int = 60, tokens: int = 64
 ) -> tuple[dict[str, list[Answer]], Scheduler]:
     """What each prompt, named by its number, is answered."""
+    decoder = load(ops)
     cache = make_cache(decoder.cache_shapes, num_blocks=num_blocks, block_size=16, dtype=dtype, device=CPU)
     scheduler = Scheduler(EngineConfig(max_step_tokens=tokens, max_running=8), num_blocks)
-    engine = Engine(scheduler, ModelRunner(decoder, cache, device=CPU))
+    engine = Engine(scheduler, ModelRunner(decoder, cache, device=CPU, sampler=Sampler(choose=ops.sample)))
     for number, ids in enumerate(prompts):
         scheduler.add(Request(str(number), list(ids), PARAMS))
     answers: dict[str, list[Answer]] = {str(number): [] for number in range(len(prompts))}
@@ -49,22 +51,21 @@ def run(
 @pytest.mark.parametrize("variant", VARIANTS[:1])
 def test_company_changes_no_bit(variant: str, dtype: torch.dtype) -> None:
     alone = {
-        str(number): run(load(open_variant(variant, 1)), [ids], dtype=dtype)[0]["0"]
-        for number, ids in enumerate(PROMPTS)
+        str(number): run(open_variant(variant, 1), [ids], dtype=dtype)[0]["0"] for number, ids in enumerate(PROMPTS)
     }
     assert all(len(answer) == PARAMS.max_tokens for answer in alone.values())
-    decoder = load(open_variant(variant))
-    crowd, scheduler = run(decoder, PROMPTS, dtype=dtype)
+    ops = open_variant(variant)
+    crowd, scheduler = run(ops, PROMPTS, dtype=dtype)
     assert crowd == alone
-    assert run(decoder, PROMPTS, dtype=dtype, tokens=9)[0] == alone
-    preempted, scheduler = run(decoder, PROMPTS, dtype=dtype, num_blocks=14)
+    assert run(ops, PROMPTS, dtype=dtype, tokens=9)[0] == alone
+    preempted, scheduler = run(ops, PROMPTS, dtype=dtype, num_blocks=14)
     assert preempted == alone
     assert scheduler.stats.num_preemptions > 0
 
 
 def test_plain_torch_over_codes_says_much_the_same() -> None:
     """A number on the edge between two codes may fall to either side."""
-    plain, _ = run(load(ReferenceOps(device=CPU)), PROMPTS, dtype=torch.int8)
-    native, _ = run(load(open_variant(VARIANTS[0])), PROMPTS, dtype=torch.int8)
+    plain, _ = run(ReferenceOps(device=CPU), PROMPTS, dtype=torch.int8)
+    native, _ = run(open_variant(VARIANTS[0]), PROMPTS, dtype=torch.int8)
     firsts = [(plain[name][0][1][0].logprob, native[name][0][1][0].logprob) for name in plain]
     assert all(found == pytest.approx(wanted, abs=5e-3) for found, wanted in firsts)

@@ -10,6 +10,7 @@ from qserve.device import runner as runner_module
 from qserve.device.batch import DecodeBatches, make_batch
 from qserve.device.decoder import Decoder
 from qserve.device.runner import ModelRunner
+from qserve.device.sampler import Sampler
 from qserve.engine.request import Chunk, Request, Sampled, SamplingParams
 from tests.device.driving import (
     BLOCK_SIZE,
@@ -192,7 +193,7 @@ def test_a_rounded_cache_is_close(model: Decoder, dtype: torch.dtype) -> None:
     chunk = Chunk(request=request, start=0, end=40, block_ids=_blocks(0))
 
     def run(kind: torch.dtype) -> Sampled:
-        return ModelRunner(model, cache_for(model, dtype=kind), device=CPU).run([chunk])[0]
+        return ModelRunner(model, cache_for(model, dtype=kind), device=CPU, sampler=Sampler()).run([chunk])[0]
 
     exact, rounded = run(torch.float32), run(dtype)
     assert exact.logprobs[0].logprob == pytest.approx(rounded.logprobs[0].logprob, abs=0.1)

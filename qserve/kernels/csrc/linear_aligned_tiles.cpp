@@ -87,16 +87,18 @@ void clear_sums() {
 }
 
 // Adds one step of the upper 16 rows to the sums in tiles, and of the lower ones, for which the weights stay.
+template <bool IsStream>
 QSERVE_INLINE void multiply_upper(const int8_t* inputs, int64_t stride, const int8_t* digits) {
   tile_load<6>(digits, 64);
-  tile_load<4>(inputs, stride);
+  tile_load_inputs<IsStream, 4>(inputs, stride);
   tile_dot<false, 0, 4, 6>();
   tile_load<7>(digits + kDigitBytes, 64);
   tile_dot<true, 1, 4, 7>();
 }
 
+template <bool IsStream>
 QSERVE_INLINE void multiply_lower(const int8_t* inputs, int64_t stride) {
-  tile_load<5>(inputs + 16 * stride, stride);
+  tile_load_inputs<IsStream, 5>(inputs + 16 * stride, stride);
   tile_dot<false, 2, 5, 6>();
   tile_dot<true, 3, 5, 7>();
 }
@@ -131,9 +133,9 @@ void multiply_few(const Weight& w, const Rows& rows, const Output& output, Range
     clear_sums();
     for (int64_t step = 0; step < steps; ++step, go_on()) {
       const int8_t* inputs = rows.codes + step * kStep;
-      multiply_upper(inputs, rows.stride, ring + ((turn - kAhead) % kRing) * kStepBytes);
+      multiply_upper<false>(inputs, rows.stride, ring + ((turn - kAhead) % kRing) * kStepBytes);
       unpack_half(0);
-      if (rows.count > 16) multiply_lower(inputs, rows.stride);
+      if (rows.count > 16) multiply_lower<false>(inputs, rows.stride);
       unpack_half(1);
       results.put(some_rows);
     }
@@ -143,11 +145,13 @@ void multiply_few(const Weight& w, const Rows& rows, const Output& output, Range
   results.put(kBlockRows);
 }
 
+constexpr int64_t kMostSteps = 16;  // of a slab
+
 // More rows: weights are unpacked a slab at a time, for all rows of the task. Slabs stay in the first cache too: where
-// inputs are many, they are cut, and sums of all rows wait for the next slab.
-template <class Unpack>
+// inputs are many, they are cut, and sums of all rows wait for the next slab. Inputs then go past that cache, for with
+// them there would be no room for the slab; few inputs are better off in it.
+template <class Unpack, bool IsCut>
 void multiply_many(const Weight& w, const Rows& rows, const Output& output, Range block, Range tiles) {
-  constexpr int64_t kMostSteps = 16;
   const int64_t steps = w.padded_features() / kStep, slabs = share_out(steps, kMostSteps), size = share_out(steps, slabs);
   Scratch& scratch = thread_scratch();
   scratch.reset();
@@ -165,8 +169,8 @@ void multiply_many(const Weight& w, const Rows& rows, const Output& output, Rang
         first == 0 ? clear_sums() : load_sums(sums);
         const int8_t* inputs = rows.codes + row * rows.stride + first * kStep;
         for (int64_t step = 0; step < count; ++step, inputs += kStep) {
-          multiply_upper(inputs, rows.stride, slab + step * kStepBytes);
-          if (block.end - row > 16) multiply_lower(inputs, rows.stride);
+          multiply_upper<IsCut>(inputs, rows.stride, slab + step * kStepBytes);
+          if (block.end - row > 16) multiply_lower<IsCut>(inputs, rows.stride);
           results.put(some_rows);
         }
         store_sums(sums);
@@ -182,7 +186,8 @@ void multiply_block(const Weight& w, const Rows& rows, const Output& output, con
   const Range tiles = {blocks.tiles.begin(piece), blocks.tiles.end(piece)};
   const TileScope scope(16);
   if (rows.count <= kBlockRows) return multiply_few<Unpack>(w, rows, output, tiles);
-  multiply_many<Unpack>(w, rows, output, {blocks.rows.begin(block), blocks.rows.end(block)}, tiles);
+  const auto multiply = w.padded_features() > kMostSteps * kStep ? multiply_many<Unpack, true> : multiply_many<Unpack, false>;
+  multiply(w, rows, output, {blocks.rows.begin(block), blocks.rows.end(block)}, tiles);
 }
 
 using Multiply = void (*)(const Weight&, const Rows&, const Output&, const Blocks&, int64_t task);

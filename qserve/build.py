@@ -26,6 +26,7 @@ from qserve.engine.engine import Engine
 from qserve.engine.loop import EngineLoop
 from qserve.engine.scheduler import Scheduler
 from qserve.errors import UsageError
+from qserve.kernels.arena import populate_in_background
 from qserve.kernels.build import KernelsUnavailable, count_cores
 from qserve.kernels.native import open_native
 from qserve.kernels.ops import Ops
@@ -183,6 +184,8 @@ def _make_runner(
         dtype=dtype,
         device=where,
     )
+    if where.type == "cpu":
+        populate_in_background(cache.memory)
     return ModelRunner(model, cache, device=where, sampler=Sampler(choose=ops.sample))
 
 

@@ -45,7 +45,11 @@ class KVCache:
     layers: tuple[CacheLayer, ...]
     block_size: int
     num_blocks: int
-    num_bytes: int
+    memory: Tensor  # all of it, bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return self.memory.nbytes
 
 
 def block_bytes(shapes: Sequence[CacheShape], *, block_size: int, dtype: torch.dtype) -> int:
@@ -59,7 +63,7 @@ def make_cache(
     """Zeros, so that what is read and then masked is never a NaN.
 
     On a CPU all layers stand in one mapping of huge pages, for a step reads all over it. Memory is taken as blocks are
-    first written.
+    first written, or when it is populated.
     """
     num_bytes = num_blocks * block_bytes(shapes, block_size=block_size, dtype=dtype)
     if device.type == "cpu":
@@ -71,7 +75,7 @@ def make_cache(
         _make_layer(part.view(num_blocks, shape.num_heads, -1), shape, block_size=block_size, dtype=dtype)
         for part, shape in zip(torch.split(whole, sizes), shapes, strict=True)
     )
-    return KVCache(layers=tuple(layers), block_size=block_size, num_blocks=num_blocks, num_bytes=num_bytes)
+    return KVCache(layers=tuple(layers), block_size=block_size, num_blocks=num_blocks, memory=whole)
 
 
 def _make_layer(whole: Tensor, shape: CacheShape, *, block_size: int, dtype: torch.dtype) -> CacheLayer:

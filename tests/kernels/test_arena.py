@@ -1,5 +1,7 @@
 """Tensors placed in an arena keep their values, begin on a cache line, and never share a byte."""
 
+import mmap
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qserve.kernels.arena import Arena, map_memory
+from qserve.kernels.arena import Arena, map_memory, populate_in_background
 
 DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.float8_e4m3fn)
 
@@ -56,3 +58,17 @@ def test_memory_may_stand_in_huge_pages() -> None:
     flags = flags_of_memory(memory.data_ptr())
     assert "sh" not in flags  # shared memory gets none, whatever was advised
     assert not flags or "hg" in flags
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems find pages when they are written")
+def test_populated_memory_is_resident_and_keeps_what_was_written() -> None:
+    memory = map_memory(70 * 2**20)
+    memory[12345], memory[-1] = 7, 9
+    before = resident_bytes()
+    populate_in_background(memory[100:]).join()
+    assert resident_bytes() - before > 60 * 2**20
+    assert (int(memory[12345]), int(memory[-1]), int(memory.count_nonzero())) == (7, 9, 2)

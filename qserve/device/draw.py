@@ -28,8 +28,6 @@ def draw(logits: Floats, params: SamplingParams, choice: float) -> int:
     # The largest becomes zero first, so that a tiny temperature makes the others -inf and nothing NaN.
     with np.errstate(over="ignore"):
         scaled = (logits - logits.max()) / temperature
-    if params.typical_p == 1 and not _is_sorted(params, len(scaled)):
-        return _invert(_weigh(scaled, params), choice)
     tokens, weights = _keep_likely(scaled, params) if _is_sorted(params, len(scaled)) else _keep_all(scaled, params)
     if params.typical_p < 1:
         tokens, weights = _keep_typical(tokens, weights, params.typical_p)

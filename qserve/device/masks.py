@@ -1,19 +1,16 @@
 """What a row may choose: by its grammar or its list of tokens, no end of a bad word, no end too early.
 
-Two questions, of which the first costs far less: may these tokens come next; and which tokens may. A row is a numpy
-array and is looked at alone. Knows no grammars: a constraint tells its tokens as bits.
+Two questions, of which the first costs far less: which of these tokens may come next, and which tokens may. Knows no
+grammars: a constraint tells its tokens as bits, and so do the rules.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qserve.device.draw import Floats
 from qserve.engine.request import Request
-
-# For each byte the biases of its bits, the lowest first: (256, 8).
-_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, np.newaxis], axis=1, bitorder="little")
-_BIASES = np.where(_BITS, 0, -np.inf).astype(np.float32)
 
 
 class Rules:
@@ -24,33 +21,37 @@ class Rules:
         self._listed = request.params.allowed_token_ids
         self._banned = find_banned_ids(request)
 
-    @property
-    def are_known(self) -> bool:
-        """Whether to find out all tokens that may come next costs little now. It depends on nothing but the request."""
-        return self._constraint is None or self._constraint.knows_allowed
-
-    def permit(self, token_ids: Sequence[int]) -> list[bool]:
-        """Of each token whether it may come next."""
-        permitted = [True] * len(token_ids) if self._constraint is None else self._constraint.allows(token_ids)
-        if self._listed is None and not self._banned:
-            return permitted
-        return [is_so and self._leaves(each) for is_so, each in zip(permitted, token_ids, strict=True)]
+    def find_permitted(self, token_ids: Sequence[int]) -> int | None:
+        """The first of these that may come next."""
+        if self._listed is not None or self._banned:
+            token_ids = [each for each in token_ids if self._leaves(each)]
+        if self._constraint is None:
+            return token_ids[0] if token_ids else None
+        return self._constraint.find_allowed(token_ids)
 
     def _leaves(self, token_id: int) -> bool:
         return token_id not in self._banned and (self._listed is None or token_id in self._listed)
 
-    def mask(self, logits: Floats, *, out: Floats) -> None:
-        """Writes the row with minus infinity where a token may not come next."""
-        if self._constraint is None:
-            np.copyto(out, logits)
-        else:
-            # Eight tokens at once from a table: 19 µs for 49,152 of them, where np.where takes up to 180.
-            bits = np.frombuffer(self._constraint.allowed(), dtype=np.uint8)
-            np.add(logits, _BIASES.take(bits, axis=0).reshape(-1)[: len(logits)], out=out)
+    def permitted(self, vocabulary: int) -> bytes:
+        """One bit for each token id, the lowest bit of the first byte for id 0."""
+        bits = self._constraint.allowed() if self._constraint is not None else b"\xff" * ((vocabulary + 7) // 8)
         if self._listed is not None:
-            listed = [*self._listed]
-            out[:], out[listed] = -np.inf, out[listed]
-        out[[token_id for token_id in self._banned if token_id < len(out)]] = -np.inf
+            bits = (np.frombuffer(bits, dtype=np.uint8) & _pack(self._listed, size=len(bits))).tobytes()
+        if self._banned:
+            bits = (np.frombuffer(bits, dtype=np.uint8) & ~_pack(self._banned, size=len(bits))).tobytes()
+        return bits
+
+
+def _pack(token_ids: Iterable[int], *, size: int) -> NDArray[np.uint8]:
+    flags = np.zeros(size * 8, dtype=bool)
+    flags[[token_id for token_id in token_ids if token_id < size * 8]] = True
+    return np.packbits(flags, bitorder="little")
+
+
+def forbid(logits: Floats, bits: bytes) -> Floats:
+    """A copy with minus infinity for what is not permitted."""
+    flags = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=len(logits), bitorder="little")
+    return np.where(flags, logits, np.float32(-np.inf))
 
 
 def has_rules(request: Request) -> bool:

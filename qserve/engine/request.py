@@ -53,11 +53,9 @@ class Constraint(Protocol):
 
     @property
     def is_finished(self) -> bool: ...  # what was said is complete, and nothing can be added
-    @property
-    def knows_allowed(self) -> bool: ...  # whether `allowed` had to be found out for `allows`, and costs nothing more
     def accept(self, token_id: int) -> None: ...
     def allowed(self) -> bytes: ...  # one bit for each token id, the lowest bit of the first byte for id 0
-    def allows(self, token_ids: Sequence[int]) -> list[bool]: ...  # their bits, for less than all of them cost
+    def find_allowed(self, token_ids: Sequence[int]) -> int | None: ...  # the first of these that is, for far less
 
 
 class Request:

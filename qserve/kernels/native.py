@@ -5,7 +5,7 @@ Each call fills one structure of `csrc/stage.h` and runs it. Knows no layout (`p
 """
 
 from collections.abc import Callable, Sequence
-from ctypes import Structure, pointer
+from ctypes import Structure, addressof, c_char_p, pointer
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -18,7 +18,7 @@ from qserve.errors import UnsupportedWeight
 from qserve.kernels.arena import Arena
 from qserve.kernels.build import Progress, Variant, choose_variant, count_cores, load_library
 from qserve.kernels.linear import Linear, join_biases, join_weights, look_up, select_rows
-from qserve.kernels.ops import DRAW, Activation, AttentionSpec, Batch, CacheLayer, Norm, NormKind, Rotary
+from qserve.kernels.ops import CUTS, Activation, AttentionSpec, Batch, CacheLayer, Norm, NormKind, Rotary
 from qserve.kernels.packing import KERNEL_ACTIVATIONS, LANES, PackedWeight, pack_weight
 from qserve.kernels.recorder import MAX_LOGITS, Recorder
 from qserve.kernels.reference import normalize
@@ -151,18 +151,24 @@ class NativeOps:
         room = self._recorder.reuse(StageKind.LINEAR, rows=rows, width=width) if rows <= MAX_LOGITS else None
         return self._run(stage, rows=rows, width=width, output=room)
 
-    def sample(self, logits: Tensor, draws: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, draws: Tensor, allowed: Sequence[bytes | None] | None = None) -> Tensor:
+        rows, vocabulary = logits.shape
+        numbers = draws.shape[1] - len(CUTS)
         assert logits.stride(1) == 1, logits.stride()
         assert draws.is_contiguous(), draws.stride()
-        assert draws.shape == (len(logits), len(DRAW)), draws.shape
-        tokens = torch.empty(len(logits), dtype=torch.int64)
+        assert len(draws) == rows, draws.shape
+        assert all(bits is None or len(bits) * 8 >= vocabulary for bits in allowed or ()), vocabulary
+        tokens = torch.empty(rows, numbers, dtype=torch.int64)
+        bits = None if allowed is None else (c_char_p * rows)(*allowed)
         sampling = SamplingStruct(
             logits=logits.data_ptr(),
             draws=draws.data_ptr(),
+            allowed=None if bits is None else addressof(bits),
             tokens=tokens.data_ptr(),
-            rows=len(logits),
+            rows=rows,
+            numbers=numbers,
             stride=logits.stride(0),
-            vocabulary=logits.shape[1],
+            vocabulary=vocabulary,
         )
         self._runner.sample(sampling)
         return tokens

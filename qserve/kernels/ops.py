@@ -23,7 +23,7 @@ from torch import Tensor
 from qserve.kernels.linear import Linear
 from qserve.quant.weight import Weight
 
-DRAW = ("temperature", "number", "top_k", "top_p", "min_p")
+CUTS = ("temperature", "top_k", "top_p", "min_p")
 LEAST_TEMPERATURE = 1e-30  # a lower one is taken for it: logits are divided by it
 
 
@@ -170,14 +170,17 @@ class Ops(Protocol):
     ) -> Tensor:
         """Logits, scaled and then capped: (rows, vocabulary) float32, until the next call."""
 
-    def sample(self, logits: Tensor, draws: Tensor) -> Tensor:
-        """The next token of each row of logits, (rows,) int64.
+    def sample(self, logits: Tensor, draws: Tensor, allowed: Sequence[bytes | None] | None = None) -> Tensor:
+        """Tokens that may come next, of each row of logits, as many as it has numbers: (rows, numbers) int64.
 
-        Where the temperature is 0, the likeliest, of equals the first. Elsewhere one is drawn: the number, in [0, 1),
-        is put through the cumulative distribution, in the order of the vocabulary, of what is left of softmax(logits /
-        temperature) by top-k, then top-p, a share of what top-k left, then min-p. What is not a number is never chosen.
+        Where the temperature is 0, the likeliest, of equals the first. Elsewhere each number, in [0, 1), is put through
+        the cumulative distribution, in the order of the vocabulary, of what is left of softmax(logits / temperature) by
+        top-k, then top-p, a share of what top-k left, then min-p. What is not a number is never chosen, nor what is not
+        allowed, which is gone before all else; -1 where nothing is left.
 
         Args:
             logits: (rows, vocabulary) float32.
-            draws: (rows, 5) float64 on the CPU, columns as `DRAW` names them; top_k 0, top_p 1 and min_p 0 cut nothing.
+            draws: (rows, 4 + numbers) float64 on the CPU, columns as `CUTS` names them, then the numbers; top_k 0,
+                top_p 1 and min_p 0 cut nothing.
+            allowed: for each row one bit a token, the lowest bit of the first byte for token 0; None allows all.
         """

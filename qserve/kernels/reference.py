@@ -135,8 +135,8 @@ class ReferenceOps:
         logits = logits if scale == 1.0 else logits * scale
         return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
 
-    def sample(self, logits: Tensor, draws: Tensor) -> Tensor:
-        return sample(logits, draws)
+    def sample(self, logits: Tensor, draws: Tensor, allowed: Sequence[bytes | None] | None = None) -> Tensor:
+        return sample(logits, draws, allowed)
 
     def _pack_part(self, weight: Weight) -> _Part:
         pre_scale = None if isinstance(weight, Tensor) else weight.pre_scale

@@ -152,8 +152,10 @@ class SamplingStruct(Structure):
     _fields_ = (
         ("logits", c_void_p),
         ("draws", c_void_p),
+        ("allowed", c_void_p),
         ("tokens", c_void_p),
         ("rows", c_int64),
+        ("numbers", c_int64),
         ("stride", c_int64),
         ("vocabulary", c_int64),
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qserve.device.masks import Rules, has_rules
+from qserve.device.masks import Rules, forbid, has_rules
 from qserve.device.runner import ModelRunner
 from qserve.device.sampler import Sampler
 from qserve.engine.request import Chunk, Request, SamplingParams
@@ -22,7 +22,6 @@ class Bits:
     """A constraint that allows these tokens, always."""
 
     is_finished = False
-    knows_allowed = False
 
     def __init__(self, *token_ids: int, size: int = VOCABULARY) -> None:
         self._bits = sum(1 << token_id for token_id in token_ids).to_bytes((size + 7) // 8, "little")
@@ -33,8 +32,8 @@ class Bits:
     def allowed(self) -> bytes:
         return self._bits
 
-    def allows(self, token_ids: Sequence[int]) -> list[bool]:
-        return [bool(self._bits[token_id // 8] >> token_id % 8 & 1) for token_id in token_ids]
+    def find_allowed(self, token_ids: Sequence[int]) -> int | None:
+        return next((each for each in token_ids if self._bits[each // 8] >> each % 8 & 1), None)
 
 
 def _request(*, output: tuple[int, ...] = (), constraint: Bits | None = None, **params: Any) -> Request:
@@ -69,13 +68,12 @@ CASES: list[tuple[Request, set[int]]] = [
 def test_each_rule(request_: Request, forbidden: set[int]) -> None:
     rules = Rules(request_)
     before = _logits(1)[0].numpy()
-    after = np.empty_like(before)
-    rules.mask(before, out=after)
+    after = forbid(before, rules.permitted(VOCABULARY))
     assert set(np.flatnonzero(np.isneginf(after)).tolist()) == forbidden
     kept = sorted(ALL - forbidden)
     assert np.array_equal(after[kept], before[kept])
-    assert {token_id for token_id in ALL if not rules.permit([token_id])[0]} == forbidden
-    assert rules.permit([*ALL]) == [token_id not in forbidden for token_id in ALL]
+    assert {token_id for token_id in ALL if rules.find_permitted([token_id]) is None} == forbidden
+    assert rules.find_permitted([*ALL]) == next(iter(kept), None)
     assert has_rules(request_) or not forbidden
 
 

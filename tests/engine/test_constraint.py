@@ -22,18 +22,14 @@ class Recorder:
     def is_finished(self) -> bool:
         return len(self.heard) >= self._length
 
-    @property
-    def knows_allowed(self) -> bool:
-        return False
-
     def accept(self, token_id: int) -> None:
         self.heard.append(token_id)
 
     def allowed(self) -> bytes:
         return b"\xff\xff"
 
-    def allows(self, token_ids: Sequence[int]) -> list[bool]:
-        return [True] * len(token_ids)
+    def find_allowed(self, token_ids: Sequence[int]) -> int | None:
+        return token_ids[0]
 
 
 def test_every_token_is_heard_once_though_requests_are_preempted() -> None:

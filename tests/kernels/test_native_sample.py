@@ -1,6 +1,7 @@
 """Compiled sampling, and its plain twin, against the distribution written out in double precision."""
 
 import math
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -30,12 +31,16 @@ def make_logits(rows: int, size: int, *, seed: int = 0, spread: float = 4.0) -> 
 def make_draw(
     temperature: float, number: float, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> tuple[float, ...]:
-    return temperature, number, top_k, top_p, min_p
+    return temperature, top_k, top_p, min_p, number
 
 
 def sample(ops: Ops, logits: Tensor, temperature: float, number: float, **cuts: float) -> list[int]:
     draws = torch.tensor([make_draw(temperature, number, **cuts)] * len(logits), dtype=torch.float64)  # type: ignore[arg-type]
-    return [int(token) for token in ops.sample(logits, draws)]
+    return [int(token) for [token] in ops.sample(logits, draws)]
+
+
+def make_bits(tokens: Iterable[int], size: int) -> bytes:
+    return sum(1 << token for token in tokens).to_bytes((size + 7) // 8, "little")
 
 
 def shares(logits: Tensor, temperature: float) -> Tensor:
@@ -155,7 +160,8 @@ def test_what_is_not_a_number_is_never_chosen(name: str) -> None:
     for number in (0.0, 0.1, 0.5, 0.999):
         assert sample(open_ops(name), logits, 1.0, number)[0] % 2 == 1
     assert sample(open_ops(name), logits, 0.0, 0.0)[0] % 2 == 1
-    assert sample(open_ops(name), torch.full((1, 40), math.nan), 1.0, 0.5) == [0]
+    for temperature in (0.0, 1.0):
+        assert sample(open_ops(name), torch.full((1, 40), math.nan), temperature, 0.5) == [-1]
 
 
 @every_kernel
@@ -181,9 +187,11 @@ def test_rows_do_not_feel_each_other_nor_the_threads(name: str) -> None:
         [make_draw(0.5 * (i // 3), numbers[i], **way) for i, way in enumerate(ways)],  # type: ignore[arg-type]
         dtype=torch.float64,
     )
-    together = open_variant(name).sample(logits, draws)
-    alone = [int(open_variant(name, 1).sample(logits[i : i + 1], draws[i : i + 1])) for i in range(len(logits))]
-    assert together.tolist() == alone
+    allowed = [None, make_bits(range(0, 5000, 3), 5000), make_bits([], 5000)] * 3
+    together = open_variant(name).sample(logits, draws, allowed)
+    one = open_variant(name, 1)
+    alone = [int(one.sample(logits[i : i + 1], draws[i : i + 1], allowed[i : i + 1])) for i in range(len(logits))]
+    assert together[:, 0].tolist() == alone
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -191,3 +199,40 @@ def test_rows_may_stand_apart(name: str) -> None:
     wide = make_logits(4, 800)
     narrow = wide[:, :500]
     assert sample(open_variant(name), narrow, 0.0, 0.0) == narrow.argmax(dim=-1).tolist()
+
+
+@every_kernel
+@pytest.mark.parametrize("size", [1, 7, 16, 17, 255, 256, 263, 3000])
+@pytest.mark.parametrize("cuts", [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.7}])
+def test_what_is_not_allowed_is_gone_before_all_else(name: str, size: int, cuts: dict[str, float]) -> None:
+    logits = make_logits(8, size, seed=size)
+    numbers = torch.linspace(0, 0.999, 8).tolist()
+    tokens = [sorted({row % size, size - 1, *range(0, size, row + 1)}) for row in range(7)]
+    bits = [*(make_bits(each, size) for each in tokens), None]
+    masked = logits.clone()
+    for row, each in enumerate(tokens):
+        masked[row] = -math.inf
+        masked[row, each] = logits[row, each]
+    for temperature in (0.0, 0.9):
+        draws = torch.tensor(
+            [make_draw(temperature, number, **cuts) for number in numbers],  # type: ignore[arg-type]
+            dtype=torch.float64,
+        )
+        ops = open_ops(name)
+        assert ops.sample(logits, draws, bits).tolist() == ops.sample(masked, draws).tolist()
+
+
+@every_kernel
+def test_where_nothing_is_allowed_nothing_is_chosen(name: str) -> None:
+    draws = torch.tensor([make_draw(0.0, 0.5), make_draw(1.0, 0.5)], dtype=torch.float64)
+    assert open_ops(name).sample(make_logits(2, 300), draws, [bytes(38)] * 2).tolist() == [[-1], [-1]]
+
+
+@every_kernel
+@pytest.mark.parametrize("cuts", [{}, {"top_p": 0.8}])
+def test_each_number_draws_as_if_it_were_alone(name: str, cuts: dict[str, float]) -> None:
+    logits, numbers = make_logits(3, 3000), (0.0, 0.3, 0.31, 0.9, 0.2)
+    draws = torch.tensor([make_draw(0.7, 0.0, **cuts)[:-1] + numbers] * 3, dtype=torch.float64)  # type: ignore[arg-type]
+    together = open_ops(name).sample(logits, draws)
+    alone = [sample(open_ops(name), logits, 0.7, number, **cuts) for number in numbers]
+    assert together.T.tolist() == alone

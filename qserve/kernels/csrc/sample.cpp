@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "lanes.h"
 #include "scratch.h"
@@ -17,28 +18,45 @@ int64_t count_runs(int64_t count) { return (count + kRun - 1) / kRun; }
 
 int64_t end_of(int64_t run, int64_t count) { return std::min((run + 1) * kRun, count); }
 
-// What is past the end cannot be drawn; neither can what is not a number.
-QSERVE_INLINE F32 load_logits(const float* from, int64_t count) {
-  F32 x = splat(-INFINITY);
-  if (count >= kLanes) x = load<F32>(from);
-  if (count < kLanes) memcpy(&x, from, count * sizeof(float));
-  return x == x ? x : splat(-INFINITY);
-}
+struct Row {
+  const float* logits;
+  const uint8_t* allowed;
+  int64_t count;
 
-float find_most(const float* x, int64_t begin, int64_t end) {
-  F32 most = splat(-INFINITY);
-  for (int64_t i = begin; i < end; i += kLanes) most = largest(most, load_logits(x + i, end - i));
-  return max_lanes(most);
-}
-
-int64_t find_first(const float* x, int64_t count, float value) {
-  for (int64_t run = 0; run < count_runs(count); ++run) {
-    if (find_most(x, run * kRun, end_of(run, count)) < value) continue;
-    for (int64_t i = run * kRun; i < end_of(run, count); ++i)
-      if (x[i] == value) return i;
+  // Sixteen from there. What is past the end cannot be drawn; neither can what is not a number, or is not allowed.
+  QSERVE_INLINE F32 load_at(int64_t i) const {
+    F32 x = splat(-INFINITY);
+    if (count - i >= kLanes) x = load<F32>(logits + i);
+    if (count - i < kLanes) memcpy(&x, logits + i, std::max<int64_t>(count - i, 0) * sizeof(float));
+    return (allowed == nullptr ? x == x : (x == x) & are_allowed(i)) ? x : splat(-INFINITY);
   }
-  return 0;
-}
+
+  float find_most(int64_t begin, int64_t end) const {
+    F32 most = splat(-INFINITY);
+    for (int64_t i = begin; i < end; i += kLanes) most = largest(most, load_at(i));
+    return max_lanes(most);
+  }
+
+  int64_t find_first(float value) const {
+    for (int64_t run = 0; run < count_runs(count); ++run) {
+      if (find_most(run * kRun, end_of(run, count)) < value) continue;
+      for (int64_t i = run * kRun; i < end_of(run, count); i += kLanes) {
+        const F32 x = load_at(i);
+        for (int lane = 0; lane < kLanes; ++lane)
+          if (x[lane] == value) return i + lane;
+      }
+    }
+    return -1;
+  }
+
+ private:
+  // All ones for those that are.
+  QSERVE_INLINE I32 are_allowed(int64_t i) const {
+    constexpr I32 kBits = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+    const int32_t low = i < count ? allowed[i / 8] : 0, high = i + 8 < count ? allowed[i / 8 + 1] : 0;
+    return (I32)((splat(low | high << 8) & kBits) != I32{});
+  }
+};
 
 // Some weights; zeros fill up the last vector.
 struct Some {
@@ -71,16 +89,16 @@ struct Some {
 // A row's probabilities, but for their sum: the likeliest token's is 1. Zeros fill up the last run.
 class Weights {
  public:
-  Weights(const float* x, int64_t count, float most, float temperature, Scratch& scratch)
-      : count_(count_runs(count) * kRun),
+  Weights(const Row& row, float most, float temperature, Scratch& scratch)
+      : count_(count_runs(row.count) * kRun),
         each_(scratch.take<float>(count_)),
         heavy_(scratch.take<float>(count_ + kLanes)),
-        maxima_(scratch.take<float>(count_runs(count))) {
+        maxima_(scratch.take<float>(count_ / kRun)),
+        sums_(scratch.take<double>(count_ / kRun)) {
     for (int64_t run = 0; run < count_; run += kRun) {
       F32 most_of_run = {};
       for (int64_t i = run; i < run + kRun; i += kLanes) {
-        const F32 logits = load_logits(x + i, std::max<int64_t>(count - i, 0));
-        const F32 weights = exponential((logits - splat(most)) / splat(temperature));
+        const F32 weights = exponential((row.load_at(i) - splat(most)) / splat(temperature));
         most_of_run = largest(most_of_run, weights);
         store(each_ + i, weights);
       }
@@ -125,14 +143,20 @@ class Weights {
     }
   }
 
+  // Before `invert`, which any number of times may follow.
+  void sum_runs() {
+    for (int64_t run = 0; run < count_; run += kRun) sums_[run / kRun] = Some{each_ + run, kRun}.sum(0.0f);
+    total_ = std::accumulate(sums_, sums_ + count_ / kRun, 0.0);
+  }
+
   // The first token at which the cumulative weight exceeds that share of the whole. Rounding may put it on the very end:
   // then the last that adds to it.
   int64_t invert(double share) const {
-    const double target = share * sum();
+    const double target = share * total_;
     double before = 0, end = 0;
     int64_t found = 0;
     for (int64_t run = 0; run < count_ && end <= target; run += kRun) {
-      const double added = Some{each_ + run, kRun}.sum(0.0f);
+      const double added = sums_[run / kRun];
       if (added > 0) found = run, before = end;
       end += added;
     }
@@ -147,6 +171,7 @@ class Weights {
  private:
   int64_t count_;
   float *each_, *heavy_, *maxima_;
+  double *sums_, total_ = 0;
 };
 
 // The largest weight that has `wanted` of the measure at it and above, or the least of all; by bisection of the numbers
@@ -184,23 +209,30 @@ void cut_by_share(Weights& weights, double share) {
   weights.keep(least, std::max(std::ceil((mass - some.sum(after(least))) / least), 1.0));
 }
 
-int64_t sample_row(const float* x, int64_t count, const Draw& draw) {
-  const float most = find_most(x, 0, count);
-  if (draw.temperature == 0 || std::isinf(most)) return find_first(x, count, most);
+void sample_row(const Row& row, const Draw& draw, const double* numbers, int64_t* tokens, int64_t count) {
+  const float most = row.find_most(0, row.count);
+  if (draw.temperature == 0 || std::isinf(most)) {
+    std::fill_n(tokens, count, most == -INFINITY ? -1 : row.find_first(most));
+    return;
+  }
   Scratch& scratch = thread_scratch();
   scratch.reset();
-  Weights weights(x, count, most, std::max((float)draw.temperature, kLeastTemperature), scratch);
-  if (0 < draw.top_k && draw.top_k < (double)count) cut_by_number(weights, draw.top_k);
+  Weights weights(row, most, std::max((float)draw.temperature, kLeastTemperature), scratch);
+  if (0 < draw.top_k && draw.top_k < (double)row.count) cut_by_number(weights, draw.top_k);
   if (draw.top_p < 1) cut_by_share(weights, draw.top_p);
   if (draw.min_p > 0) weights.keep(std::nextafter((float)draw.min_p, 0.0f), 0);
-  return weights.invert(draw.number);
+  weights.sum_runs();
+  for (int64_t i = 0; i < count; ++i) tokens[i] = weights.invert(numbers[i]);
 }
 
 }  // namespace
 
 void sample_rows(const Sampling& s, Team& team) {
-  team.run(s.rows, [&](int64_t row) {
-    s.tokens[row] = sample_row(s.logits + row * s.stride, s.vocabulary, s.draws[row]);
+  constexpr int64_t kNumbersAt = sizeof(Draw) / sizeof(double);
+  team.run(s.rows, [&](int64_t i) {
+    const Row row{s.logits + i * s.stride, s.allowed == nullptr ? nullptr : s.allowed[i], s.vocabulary};
+    const double* draw = s.draws + i * (kNumbersAt + s.numbers);
+    sample_row(row, *(const Draw*)draw, draw + kNumbersAt, s.tokens + i * s.numbers, s.numbers);
   });
 }
 

@@ -59,9 +59,7 @@ class Sampler:
         tokens = [each[0] if each else None for each in chosen]
         for row in tried:
             tokens[row] = rules[row].find_permitted(chosen[row])
-        left = {
-            row: 0 if row in changed else NUM_TRIALS for row in changed | tried if row in changed or tokens[row] is None
-        }
+        left = dict.fromkeys(changed, 0) | {row: NUM_TRIALS for row in tried if tokens[row] is None}
         for row, token in self._choose_again(logits, left, requests, rules).items() if left else ():
             tokens[row] = token
         return tokens
@@ -76,7 +74,7 @@ class Sampler:
         return [[*dict.fromkeys(each)] if each[0] >= 0 else [] for each in chosen]
 
     def _describe(self, request: Request, *, start: int = 0, end: int) -> Draw:
-        """A row of `draws`, see kernels/ops.py, with these of the numbers that belong to this place of the request."""
+        """A row of `draws`, see kernels/ops.py, with these of the request's numbers."""
         params = request.params
         if params.temperature == 0:
             return _LIKELIEST
@@ -86,7 +84,7 @@ class Sampler:
     def _choose_again(
         self, logits: Tensor, left: Mapping[int, int], requests: Sequence[Request], rules: Mapping[int, Rules]
     ) -> dict[int, int | None]:
-        """The tokens of these rows under all that counts, each with the number that is named."""
+        """The tokens of these rows under all that counts, each drawn with that one of its numbers."""
         rows = np.stack([*_to_host(logits, [*left])])
         for values, row in zip(rows, left, strict=True):
             adjust(values, requests[row])

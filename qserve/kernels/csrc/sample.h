@@ -17,10 +17,10 @@ struct Draw {
 };
 
 struct Sampling {
-  const float* logits; // (rows, stride), of which `vocabulary` columns count
-  const double* draws; // (rows, 4 + numbers)
-  const uint8_t* const* allowed;          // (rows,): one bit a token, the lowest of the first byte first; null: all
-  int64_t* tokens;     // (rows, numbers): the result; -1 where there is nothing to choose
+  const float* logits;            // (rows, stride), of which `vocabulary` columns count
+  const double* draws;            // (rows, 4 + numbers)
+  const uint8_t* const* allowed;  // (rows,): one bit a token, the lowest of the first byte first; null: all are
+  int64_t* tokens;                // (rows, numbers): the result; -1 where there is nothing to choose
   int64_t rows;
   int64_t numbers;
   int64_t stride;

@@ -28,6 +28,7 @@ _MOST_INPUTS = 2**15  # whose products with weights of 16 and exact inputs of 24
 _DYNAMIC = (ActivationQuantization.INT8_ASYMMETRIC, ActivationQuantization.INT8_SYMMETRIC)
 _STEP = 64  # inputs: what the kernel for many rows multiplies at once
 _TINY = torch.finfo(torch.float32).tiny / _MOST  # the least unit
+_PIECE = 2**18  # numbers
 _LARGEST_INPUT = 128  # of an int8 code, and of a zero point
 
 
@@ -60,21 +61,42 @@ def align_scales(weight: QuantizedWeight) -> AlignedScales | None:
     return _round(weight, units) if bool(is_fine.all()) else None
 
 
-def is_narrow(weight: QuantizedWeight, aligned: AlignedScales) -> bool:
-    """Whether no channel's sum over one int8 number an input can leave 32 bits, whatever the inputs."""
-    numbers = whole_weights(weight, aligned)
-    sums = numbers.abs().sum(dim=(1, 2))  # times codes of inputs
-    fix = numbers.sum(dim=(1, 2)).abs()  # times their zero point
-    return int((sums + fix).max()) * _LARGEST_INPUT < 2**31
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sums:
+    """Of each channel's weights in units: (out_features,) int32, which _MOST_INPUTS numbers of 16 bits cannot leave."""
+
+    sums: Tensor
+    magnitudes: Tensor
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether no channel's sum of weights times one int8 number an input can leave 32 bits, whatever the inputs."""
+        most = self.magnitudes + self.sums.abs()  # times codes of inputs, and times their zero point
+        return int(most.max()) * _LARGEST_INPUT < 2**31
 
 
-def whole_weights(weight: QuantizedWeight, aligned: AlignedScales) -> Tensor:
-    """The weights in units: (out_features, groups, group_size) int64."""
-    numbers = weight.codes.to(torch.int64).view(*aligned.multiples.shape, -1)
+def sum_weights(weight: QuantizedWeight, aligned: AlignedScales) -> Sums:
+    pieces = [whole_weights(weight, aligned, rows=rows) for rows in pieces_of(weight)]
+    return Sums(
+        sums=torch.cat([piece.sum(dim=(1, 2), dtype=torch.int32) for piece in pieces]),
+        magnitudes=torch.cat([piece.abs_().sum(dim=(1, 2), dtype=torch.int32) for piece in pieces]),
+    )
+
+
+def pieces_of(weight: QuantizedWeight) -> list[slice]:
+    """Rows that are summed at once: a sum in a wider type is made of a copy in it, which is to stay in the caches."""
+    size = max(1, _PIECE // weight.shape[1])
+    return [slice(start, start + size) for start in range(0, weight.shape[0], size)]
+
+
+def whole_weights(weight: QuantizedWeight, aligned: AlignedScales, *, rows: slice = slice(None)) -> Tensor:
+    """The weights in units: (out_features, groups, group_size) int16. A number that wraps on the way wraps back."""
+    multiples = aligned.multiples[rows]
+    numbers = weight.codes[rows].view(*multiples.shape, -1)
     if weight.zero_points is not None:
-        numbers = numbers - weight.zero_points.to(torch.int64).unsqueeze(-1)
-    numbers = numbers * aligned.multiples.unsqueeze(-1)
-    return numbers if aligned.offsets is None else numbers + aligned.offsets.unsqueeze(-1)
+        numbers = numbers - weight.zero_points[rows].unsqueeze(-1)  # of 4 bits both
+    numbers = numbers * multiples.unsqueeze(-1)
+    return numbers if aligned.offsets is None else numbers.add_(aligned.offsets[rows].unsqueeze(-1))
 
 
 def _powers_of_two(numbers: Tensor) -> Tensor:

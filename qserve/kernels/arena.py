@@ -22,20 +22,24 @@ _LOWEST_PRIORITY = 19
 
 
 class Arena:
-    """Copies of tensors side by side. The memory lives as long as any tensor in it."""
+    """Copies of tensors side by side, from any thread. The memory lives as long as any tensor in it."""
 
     def __init__(self) -> None:
         self._chunk = torch.empty(0, dtype=torch.uint8)
         self._used = 0
+        self._lock = threading.Lock()
 
     def place(self, tensor: Tensor) -> Tensor:
         """A copy that begins on a cache line."""
-        start = _round_up(self._used, _LINE)
-        if start + tensor.nbytes > self._chunk.nbytes:
-            self._chunk, start = map_memory(max(_CHUNK, tensor.nbytes)), 0
-        self._used = start + tensor.nbytes
-        placed = self._chunk[start : self._used].view(tensor.dtype).view(tensor.shape)
-        return placed.copy_(tensor)
+        return self._allocate(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def _allocate(self, num_bytes: int) -> Tensor:
+        with self._lock:
+            start = _round_up(self._used, _LINE)
+            if start + num_bytes > self._chunk.nbytes:
+                self._chunk, start = map_memory(max(_CHUNK, num_bytes)), 0
+            self._used = start + num_bytes
+            return self._chunk[start : self._used]
 
 
 def map_memory(num_bytes: int) -> Tensor:

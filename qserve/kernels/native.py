@@ -67,7 +67,7 @@ class NativeLinear:
 
 
 class NativeOps:
-    """The stages of `ops.Ops`. Not for two threads at once."""
+    """The stages of `ops.Ops`. Not for two threads at once, but for packing."""
 
     def __init__(self, runner: Runner, variant: Variant) -> None:
         self._runner = runner

@@ -140,7 +140,7 @@ class Ops(Protocol):
     def pack(self, weights: Sequence[Weight], *, biases: Sequence[Tensor | None], is_gated: bool = False) -> Linear:
         """Lay out weights that share one input, their outputs side by side; each weight has its bias or None.
 
-        What is_gated is for `gated_linear` alone.
+        What is_gated is for `gated_linear` alone. Several threads may pack at once.
         """
 
     def embed(self, token_ids: Tensor, table: Weight, *, scale: float) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qserve.kernels.aligned_scales import AlignedScales, align_scales, is_narrow
+from qserve.kernels.aligned_scales import AlignedScales, Sums, align_scales, pieces_of, sum_weights
 from qserve.kernels.stages import FLOAT_TYPES, Form, WeightStruct, address
 from qserve.quant.weight import ActivationQuantization, QuantizedWeight, Weight
 
@@ -156,10 +156,8 @@ def _pack_values(
 ) -> PackedWeight:
     out_features, in_features = values.shape
     padded_group = _round_up(group_size, 32 if group_size == in_features else 16)
-    pairs = _split(_bits(values), group_size, padded_group, 2)  # (tiles, 16, groups, pairs, 2)
-    order = (0, 2, 3, 4, 1) if values.dtype == torch.float32 else (0, 2, 3, 1, 4)
     return PackedWeight(
-        codes=pairs.permute(order).contiguous(),
+        codes=_pair(_split(_bits(values), group_size, padded_group, 2)),
         scales=scales,
         pre_scale=pre_scale,
         form=Form.FLOAT,
@@ -180,23 +178,22 @@ def _pack_integer(weight: QuantizedWeight) -> PackedWeight:
     code_bias = _choose_bias(weight)
     is_nibble, is_dynamic = code_bias < 128, weight.activation in _DYNAMIC
     padded_group = _round_up(weight.group_size, 64 if weight.num_groups == 1 else 16)
-    codes = (weight.codes.to(torch.int16) + code_bias).to(torch.uint8)
+    codes = weight.codes.view(torch.uint8) + code_bias  # wraps to where it would come without wrapping
     units = _split(codes, weight.group_size, padded_group, 8, fill=code_bias)  # (tiles, 16, groups, units, 8)
-    halves = units.view(*units.shape[:4], 2, 4).permute(0, 2, 3, 4, 1, 5)  # (tiles, groups, units, 2, 16, 4)
-    packed = (halves[:, :, :, 0] | (halves[:, :, :, 1] << 4) if is_nibble else halves).contiguous()
     is_asymmetric = weight.activation is ActivationQuantization.INT8_ASYMMETRIC
     aligned = align_scales(weight)
+    sums = None if aligned is None else sum_weights(weight, aligned)
     if aligned is None or is_dynamic:
         zeros, offsets = _pack_zeros(weight, code_bias), _tile(weight.offsets)
     else:
         zeros, offsets = None, _pack_constants(weight, aligned, code_bias)
     return PackedWeight(
-        codes=packed,
+        codes=_halve(units, is_nibble=is_nibble),
         scales=_tile(weight.scales) if aligned is None else _tile_numbers(aligned.multiples, fill=0),
         units=None if aligned is None else F.pad(aligned.units, (0, -out_features % LANES)),
         zeros=zeros,
         offsets=offsets,
-        fix=_sum_rows(weight, aligned) if is_asymmetric else None,
+        fix=_sum_rows(weight, sums) if is_asymmetric else None,
         pre_scale=_widen(weight.pre_scale),
         form=Form.INT4 if is_nibble else Form.INT8,
         activation=weight.activation,
@@ -206,7 +203,7 @@ def _pack_integer(weight: QuantizedWeight) -> PackedWeight:
         group_size=weight.group_size,
         padded_group=padded_group,
         code_bias=code_bias,
-        is_narrow=aligned is not None and is_narrow(weight, aligned),
+        is_narrow=sums is not None and sums.is_narrow,
     )
 
 
@@ -246,20 +243,24 @@ def _pack_zeros(weight: QuantizedWeight, code_bias: int) -> Tensor | None:
     return _tile_numbers((weight.zero_points.to(torch.int16) + code_bias).to(torch.uint8), fill=code_bias)
 
 
-def _sum_rows(weight: QuantizedWeight, aligned: AlignedScales | None) -> Tensor:
+def _sum_rows(weight: QuantizedWeight, sums: Sums | None) -> Tensor:
     """What each channel gives for inputs that are all one, as the kernels sum: (tiles * 16,), int32 if aligned."""
+    total = _sum_floats(weight) if sums is None else sums.sums
+    return F.pad(total, (0, -len(total) % LANES))
+
+
+def _sum_floats(weight: QuantizedWeight) -> Tensor:
     out_features, num_groups = weight.scales.shape
-    sums = weight.codes.view(out_features, num_groups, -1).sum(dim=2, dtype=torch.int32)
+    codes = weight.codes.view(out_features, num_groups, -1)
+    sums = torch.cat([codes[rows].sum(dim=2, dtype=torch.int32) for rows in pieces_of(weight)])
     if weight.zero_points is not None:
         sums = sums - weight.zero_points.to(torch.int32) * weight.group_size
-    if aligned is not None:
-        return F.pad((aligned.multiples * sums).sum(dim=1, dtype=torch.int32), (0, -out_features % LANES))
     total = torch.zeros(out_features)
     for group in range(num_groups):
         total = total + weight.scales[:, group].to(torch.float32) * sums[:, group].to(torch.float32)
         if weight.offsets is not None:
             total = total + weight.offsets[:, group].to(torch.float32) * float(weight.group_size)
-    return F.pad(total, (0, -out_features % LANES))
+    return total
 
 
 def _split(codes: Tensor, group_size: int, padded_group: int, size: int, *, fill: int = 0) -> Tensor:
@@ -269,6 +270,23 @@ def _split(codes: Tensor, group_size: int, padded_group: int, size: int, *, fill
     padding = (0, padded_group - group_size, 0, 0, 0, -out_features % LANES)
     padded = F.pad(groups, padding, value=fill) if any(padding) else groups
     return padded.reshape(-1, LANES, groups.shape[1], padded_group // size, size)
+
+
+def _halve(units: Tensor, *, is_nibble: bool) -> Tensor:
+    """(tiles, 16, groups, units, 8) as (tiles, groups, units, 2, 16, 4); nibbles of both halves in one byte."""
+    fours = units.contiguous().view(torch.int32)  # (tiles, 16, groups, units, 2)
+    if is_nibble:  # bits that leave a byte would meet the next one's lowest, but there are none
+        both = fours[..., 0] | (fours[..., 1] << 4)
+        return both.permute(0, 2, 3, 1).contiguous().view(torch.uint8)
+    return fours.permute(0, 2, 3, 4, 1).contiguous().view(torch.uint8)
+
+
+def _pair(pairs: Tensor) -> Tensor:
+    """(tiles, 16, groups, pairs, 2) as (tiles, groups, pairs, 16, 2), moved by pairs; float32: (..., 2, 16)."""
+    if pairs.dtype == torch.float32:
+        return pairs.permute(0, 2, 3, 4, 1).contiguous()
+    wide = pairs.contiguous().view({1: torch.int16, 2: torch.int32}[pairs.element_size()]).squeeze(-1)
+    return wide.permute(0, 2, 3, 1).contiguous().view(pairs.dtype)
 
 
 def _tile(numbers: Tensor | None) -> Tensor | None:

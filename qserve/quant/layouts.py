@@ -17,14 +17,15 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """(rows, columns) int8 of -8 to 7 -> (rows, columns / 2) int8; the way back is `unpack_nibbles`."""
+    """(rows, columns) int8 of -8 to 7 -> (rows, columns / 2) int8; the way back is `unpack_signed_nibbles`."""
     nibbles = codes.view(torch.uint8) & 0xF
     return (nibbles[..., ::2] | (nibbles[..., 1::2] << 4)).contiguous().view(torch.int8)
 
 
-def sign_nibbles(nibbles: Tensor) -> Tensor:
-    """0 to 15 as two's complement -> int8 of -8 to 7."""
-    return (nibbles.to(torch.int8) ^ 8) - 8
+def unpack_signed_nibbles(packed: Tensor) -> Tensor:
+    """The same nibbles as two's complement: (rows, columns) int8 of -8 to 7. Shifts to the right keep the sign."""
+    packed = packed.contiguous().view(torch.int8)
+    return torch.stack(((packed << 4) >> 4, packed >> 4), dim=-1).flatten(-2)
 
 
 def unpack_tiles(packed: Tensor) -> Tensor:

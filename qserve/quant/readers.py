@@ -60,7 +60,7 @@ def _read_int4(parts: Parts, attributes: Attributes) -> QuantizedWeight:
     packed = _part(parts, "qdata")
     shape = _shape_of(attributes)
     _expect_shape("qdata", packed, [shape[0], shape[1] // 2])
-    codes = layouts.sign_nibbles(layouts.unpack_nibbles(packed))
+    codes = layouts.unpack_signed_nibbles(packed)
     _, groups, group_size = _blocks(shape, _attribute(attributes, "block_size"))
     scale, zero_point = _part(parts, "scale"), _part(parts, "zero_point")
     _expect_shape("scale", scale, [groups, shape[0]])
@@ -111,9 +111,8 @@ def _read_int4_int32(parts: Parts, attributes: Attributes) -> QuantizedWeight:
     _expect_shape("qdata", packed, [rows, columns // 8])
     _expect_shape("scale", scale, [groups, rows])
     _expect_shape("zero_point", zero_point, [groups, rows])
-    nibbles = layouts.unpack_nibbles(packed)
     is_signed = zero_point.is_floating_point()
-    codes = layouts.sign_nibbles(nibbles) if is_signed else nibbles.to(torch.int8) - 8
+    codes = layouts.unpack_signed_nibbles(packed) if is_signed else layouts.unpack_nibbles(packed).to(torch.int8) - 8
     zero_points = zero_point if is_signed else zero_point - 8
     return QuantizedWeight(
         codes=codes,

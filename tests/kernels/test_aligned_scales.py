@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qserve.kernels.aligned_scales import AlignedScales, align_scales, is_narrow, whole_weights
+from qserve.kernels.aligned_scales import AlignedScales, align_scales, pieces_of, sum_weights, whole_weights
 from qserve.quant.weight import ActivationQuantization, QuantizedWeight
 
 
@@ -80,9 +80,9 @@ def test_narrow_weights_keep_the_worst_sum_within_32_bits(sign: int) -> None:
     group_size = 2**31 // (2000 * 8 * 256) // 4  # one more leaves 32 bits
     for count, expected in ((group_size, True), (group_size + 1, False)):
         codes = torch.full((2, 4 * count), -8, dtype=torch.int8)
-        assert is_narrow(_weight(torch.ones(2, 4), codes=codes, group_size=count), aligned) is expected
+        assert sum_weights(_weight(torch.ones(2, 4), codes=codes, group_size=count), aligned).is_narrow is expected
         codes[:, ::2] *= -1  # channels whose codes make up for each other have only half as far to go
-        assert is_narrow(_weight(torch.ones(2, 4), codes=codes, group_size=count), aligned)
+        assert sum_weights(_weight(torch.ones(2, 4), codes=codes, group_size=count), aligned).is_narrow
 
 
 def _random_weight(*, has_zeros: bool, has_offsets: bool, dtype: torch.dtype = torch.bfloat16) -> QuantizedWeight:
@@ -124,3 +124,17 @@ def test_a_channel_of_zeros_beside_offsets() -> None:
     aligned = align_scales(replace(weight, activation=ActivationQuantization.NONE))
     assert aligned is not None
     assert (whole_weights(weight, aligned)[:, 0, 0] * aligned.units).tolist() == [0.0, 0.5]
+
+
+@pytest.mark.parametrize("has_offsets", [False, True])
+@pytest.mark.parametrize("has_zeros", [False, True])
+def test_sums_of_many_rows_are_those_of_whole_weights(has_zeros: bool, has_offsets: bool) -> None:
+    small = _random_weight(has_zeros=has_zeros, has_offsets=has_offsets)
+    parts = {name: getattr(small, name) for name in ("codes", "scales", "zero_points", "offsets")}
+    weight = replace(small, **{name: part.repeat(24, 1) for name, part in parts.items() if part is not None})
+    aligned = align_scales(weight)
+    assert aligned is not None
+    assert len(pieces_of(weight)) > 1
+    found, numbers = sum_weights(weight, aligned), whole_weights(weight, aligned).to(torch.int64)
+    assert found.sums.tolist() == numbers.sum(dim=(1, 2)).tolist()
+    assert found.magnitudes.tolist() == numbers.abs().sum(dim=(1, 2)).tolist()

@@ -5,8 +5,7 @@ It assembles and decides nothing that a part could decide itself.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from qserve.checkpoint.detect import detect
 from qserve.checkpoint.hub import resolve
 from qserve.checkpoint.load import open_weights
 from qserve.checkpoint.save import read_provenance
+from qserve.clock import Clock
 from qserve.config import DeviceConfig, EngineConfig, ServerConfig
 from qserve.device.kv_cache import block_bytes, make_cache
 from qserve.device.load import load_model, model_limit
@@ -26,7 +26,7 @@ from qserve.engine.engine import Engine
 from qserve.engine.loop import EngineLoop
 from qserve.engine.scheduler import Scheduler
 from qserve.errors import UsageError
-from qserve.kernels.arena import populate_in_background
+from qserve.kernels.arena import give_back_free_memory, populate_in_background
 from qserve.kernels.build import KernelsUnavailable, count_cores
 from qserve.kernels.native import open_native
 from qserve.kernels.ops import Ops
@@ -47,13 +47,14 @@ def build_llm(
     server: ServerConfig | None = None,
     engine: EngineConfig | None = None,
     device: DeviceConfig | None = None,
+    clock: Clock | None = None,
 ) -> LLM:
-    """Load a model, named by its directory or as ORG/NAME on the hub, and start its engine.
+    """Load a model, named by its directory or as ORG/NAME on the hub, and start its engine; log what `clock` says.
 
     Raises ArtifactError for what is wrong with the files, UsageError for options that cannot be in force.
     """
     server, engine, device = server or ServerConfig(), engine or EngineConfig(), device or DeviceConfig()
-    clock = _Clock()
+    clock = clock or Clock()
     where = _choose_device(device)
     torch.set_num_threads(device.threads or count_cores())
     with clock.measure("checkpoint"):
@@ -68,8 +69,8 @@ def build_llm(
         ops, kernels = _make_ops(device, where)
     with clock.measure("weights"):
         limit = _max_model_len(checkpoint, engine)
-        weights = open_weights(checkpoint)
-        loaded = load_model(checkpoint.config, weights, ops=ops, device=where, max_positions=limit)
+        loaded = load_model(checkpoint.config, open_weights(checkpoint), ops=ops, device=where, max_positions=limit)
+        give_back_free_memory()
     with clock.measure("warm-up"):
         num_blocks = engine.max_running * -(-limit // engine.block_size)  # all that could ever be held at once
         runner = _make_runner(loaded, ops, checkpoint, engine=engine, device=device, max_blocks=num_blocks)
@@ -114,23 +115,6 @@ def _make_info(
         created=int(time.time()),
         details={**details, "memory": memory},
     )
-
-
-class _Clock:
-    """Where the time of a start goes."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-
-    @contextmanager
-    def measure(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._seconds[part] = time.perf_counter() - start
-
-    def report(self) -> str:
-        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self._seconds.items())
-        return f"{sum(self._seconds.values()):.1f} s ({parts})"
 
 
 def _choose_device(config: DeviceConfig) -> torch.device:

@@ -225,19 +225,7 @@ class _Loader:
         default = f"{self._weights.prefix}embed_tokens.weight"
         embedding = self._weights.weight(embedding_name or head_name or default, shape)
         head = self._weights.weight(head_name or embedding_name or default, shape)
-        return _to_device(embedding, self._device), self._ops.pack([head], biases=[None])
-
-
-def _to_device(weight: Weight, device: torch.device) -> Weight:
-    if isinstance(weight, Tensor):
-        return weight.to(device)
-    return replace(
-        weight,
-        codes=weight.codes.to(device),
-        scales=weight.scales.to(device),
-        zero_points=None if weight.zero_points is None else weight.zero_points.to(device),
-        offsets=None if weight.offsets is None else weight.offsets.to(device),
-    )
+        return self._ops.keep(embedding), self._ops.pack([head], biases=[None])
 
 
 def _num_bytes(weight: Weight) -> int:

@@ -65,14 +65,21 @@ def populate_in_background(memory: Tensor) -> threading.Thread:
     return thread
 
 
+def give_back_free_memory() -> None:
+    """To the system, what glibc's malloc keeps of what was freed: it has an arena for each thread that packed."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def _populate(memory: Tensor) -> None:
     if sys.platform != "linux":
         return
     advise = ctypes.CDLL(None).madvise
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
     begin, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
-    for start in range(begin - begin % mmap.PAGESIZE, end, _CHUNK):
-        length = min(_CHUNK, end - start)
+    for start in range(begin - begin % mmap.PAGESIZE, end, _HUGE_PAGE):
+        length = min(_HUGE_PAGE, end - start)  # no more: who maps or unmaps memory waits for it to be found
         if advise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_POPULATE_WRITE) != 0:
             return
 

@@ -3,7 +3,7 @@
 Knows no layout: each set of kernels has its own, and shows of it only what `Linear` says.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Protocol
@@ -61,6 +61,19 @@ def select_rows(weight: Weight, rows: Tensor) -> Weight:
         scales=_take(weight.scales, rows),
         zero_points=None if weight.zero_points is None else _take(weight.zero_points, rows),
         offsets=None if weight.offsets is None else _take(weight.offsets, rows),
+    )
+
+
+def moved(weight: Weight, move: Callable[[Tensor], Tensor]) -> Weight:
+    """With every tensor where `move` puts it."""
+    if isinstance(weight, Tensor):
+        return move(weight)
+    return replace(
+        weight,
+        codes=move(weight.codes),
+        scales=move(weight.scales),
+        zero_points=None if weight.zero_points is None else move(weight.zero_points),
+        offsets=None if weight.offsets is None else move(weight.offsets),
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from qserve.errors import UnsupportedWeight
 from qserve.kernels.arena import Arena
 from qserve.kernels.build import Progress, Variant, choose_variant, count_cores, load_library
-from qserve.kernels.linear import Linear, join_biases, join_weights, look_up, select_rows
+from qserve.kernels.linear import Linear, join_biases, join_weights, look_up, moved, select_rows
 from qserve.kernels.ops import CUTS, Activation, AttentionSpec, Batch, CacheLayer, Norm, NormKind, Rotary
 from qserve.kernels.packing import KERNEL_ACTIVATIONS, LANES, PackedWeight, pack_weight
 from qserve.kernels.recorder import MAX_LOGITS, Recorder
@@ -95,6 +95,9 @@ class NativeOps:
         self, weights: Sequence[Weight], *, biases: Sequence[Tensor | None], is_gated: bool = False
     ) -> NativeLinear:
         return pack_linear(weights, biases=biases, is_gated=is_gated, variant=self._variant, arena=self._arena)
+
+    def keep(self, table: Weight) -> Weight:
+        return moved(table, self._arena.place)
 
     def run_step(self, forward: Callable[[], Tensor], batch: Batch, cache: object) -> Tensor:
         """forward(), recorded the first time and replayed in one call from then on."""

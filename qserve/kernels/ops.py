@@ -143,6 +143,9 @@ class Ops(Protocol):
         What is_gated is for `gated_linear` alone. Several threads may pack at once.
         """
 
+    def keep(self, table: Weight) -> Weight:
+        """The table where `embed` reads it: on the device, and for kernels in memory that belongs to no file."""
+
     def embed(self, token_ids: Tensor, table: Weight, *, scale: float) -> Tensor:
         """Rows of the table times scale: (tokens, hidden)."""
 

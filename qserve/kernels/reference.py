@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qserve.kernels.linear import Linear, join_biases, join_weights, look_up
+from qserve.kernels.linear import Linear, join_biases, join_weights, look_up, moved
 from qserve.kernels.ops import Activation, AttentionSpec, Batch, CacheLayer, Norm, NormKind, Rotary
 from qserve.kernels.reference_activations import ROUND_TRIPS
 from qserve.kernels.reference_attention import attend_paged, rotate, split_heads, store
@@ -90,6 +90,9 @@ class ReferenceOps:
             parts=tuple(self._pack_part(weight) for weight in join_weights(weights)),
             bias=None if bias is None else bias.to(self._device),
         )
+
+    def keep(self, table: Weight) -> Weight:
+        return moved(table, lambda part: part.to(self._device))
 
     def run_step(self, forward: Callable[[], Tensor], batch: Batch, cache: object) -> Tensor:
         return forward()

@@ -26,7 +26,7 @@ from qserve.engine.engine import Engine
 from qserve.engine.loop import EngineLoop
 from qserve.engine.scheduler import Scheduler
 from qserve.errors import UsageError
-from qserve.kernels.arena import give_back_free_memory, populate_in_background
+from qserve.kernels.arena import give_back_free_memory, keep_free_memory, populate_in_background
 from qserve.kernels.build import KernelsUnavailable, count_cores
 from qserve.kernels.native import open_native
 from qserve.kernels.ops import Ops
@@ -68,6 +68,7 @@ def build_llm(
     with clock.measure("kernels"):
         ops, kernels = _make_ops(device, where)
     with clock.measure("weights"):
+        keep_free_memory()
         limit = _max_model_len(checkpoint, engine)
         loaded = load_model(checkpoint.config, open_weights(checkpoint), ops=ops, device=where, max_positions=limit)
         give_back_free_memory()

@@ -29,6 +29,7 @@ _DYNAMIC = (ActivationQuantization.INT8_ASYMMETRIC, ActivationQuantization.INT8_
 _STEP = 64  # inputs: what the kernel for many rows multiplies at once
 _TINY = torch.finfo(torch.float32).tiny / _MOST  # the least unit
 _PIECE = 2**18  # numbers
+_TILE = 16  # rows
 _LARGEST_INPUT = 128  # of an int8 code, and of a zero point
 
 
@@ -76,17 +77,17 @@ class Sums:
 
 
 def sum_weights(weight: QuantizedWeight, aligned: AlignedScales) -> Sums:
-    pieces = [whole_weights(weight, aligned, rows=rows) for rows in pieces_of(weight)]
+    pieces = [whole_weights(weight, aligned, rows=rows) for rows in pieces_of(weight.codes)]
     return Sums(
         sums=torch.cat([piece.sum(dim=(1, 2), dtype=torch.int32) for piece in pieces]),
         magnitudes=torch.cat([piece.abs_().sum(dim=(1, 2), dtype=torch.int32) for piece in pieces]),
     )
 
 
-def pieces_of(weight: QuantizedWeight) -> list[slice]:
-    """Rows that are summed at once: a sum in a wider type is made of a copy in it, which is to stay in the caches."""
-    size = max(1, _PIECE // weight.shape[1])
-    return [slice(start, start + size) for start in range(0, weight.shape[0], size)]
+def pieces_of(codes: Tensor) -> list[slice]:
+    """Rows that are taken at once, whole tiles of them: what is made of them on the way is to stay in the caches."""
+    size = max(1, _PIECE // codes.shape[1] // _TILE) * _TILE
+    return [slice(start, start + size) for start in range(0, codes.shape[0], size)]
 
 
 def whole_weights(weight: QuantizedWeight, aligned: AlignedScales, *, rows: slice = slice(None)) -> Tensor:

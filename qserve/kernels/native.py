@@ -17,7 +17,7 @@ from torch import Tensor
 from qserve.errors import UnsupportedWeight
 from qserve.kernels.arena import Arena
 from qserve.kernels.build import Progress, Variant, choose_variant, count_cores, load_library
-from qserve.kernels.linear import Linear, join_biases, join_weights, look_up, moved, select_rows
+from qserve.kernels.linear import Linear, join_biases, join_weights, look_up, moved
 from qserve.kernels.ops import CUTS, Activation, AttentionSpec, Batch, CacheLayer, Norm, NormKind, Rotary
 from qserve.kernels.packing import KERNEL_ACTIVATIONS, LANES, PackedWeight, pack_weight
 from qserve.kernels.recorder import MAX_LOGITS, Recorder
@@ -298,11 +298,13 @@ def pack_linear(
     joined = join_weights(weights)
     is_paired = is_gated and len(joined) == 1 and joined[0].shape[0] % (2 * LANES) == 0
     if is_paired:
-        order = torch.arange(joined[0].shape[0]).view(2, -1, LANES).transpose(0, 1).flatten()
-        joined = [select_rows(joined[0], order)]
-        bias = None if bias is None else bias[order]
+        joined = [moved(joined[0], _interleave)]
+        bias = None if bias is None else _interleave(bias)
     round_input = _choose_rounding(joined)
-    packed = tuple(pack_weight(weight, is_rounded=round_input is not None).placed(arena.place) for weight in joined)
+    packed = tuple(
+        pack_weight(weight, is_rounded=round_input is not None, empty=arena.empty).placed(arena.place)
+        for weight in joined
+    )
     columns = accumulate((weight.out_features for weight in packed), initial=0)
     structs = [weight.to_struct(column=column) for weight, column in zip(packed, columns, strict=False)]
     struct = LinearStruct(
@@ -315,6 +317,12 @@ def pack_linear(
     )
     kernel = "+".join(dict.fromkeys(f"{variant.name}-{weight.name}" for weight in packed))
     return NativeLinear(weights=packed, bias=bias, struct=struct, kernel=kernel, round_input=round_input)
+
+
+def _interleave(rows: Tensor) -> Tensor:
+    """The first tile of the gate's rows, the first of the others, the second of the gate's, ..."""
+    bits = rows.view(torch.uint8) if rows.element_size() == 1 else rows  # torch moves no float8 numbers, but bytes
+    return bits.view(2, -1, LANES, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape).view(rows.dtype)
 
 
 def _choose_rounding(weights: Sequence[Weight]) -> Callable[[Tensor], Tensor] | None:

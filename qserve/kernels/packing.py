@@ -19,9 +19,9 @@ one run of memory, group after group. Numbers keep their stored width: nothing i
 A group is padded at its end with codes that mean zero, a last tile with channels of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -87,8 +87,8 @@ class PackedWeight:
         return sum(part.nbytes for part in parts if part is not None)
 
     def placed(self, place: Callable[[Tensor], Tensor]) -> "PackedWeight":
-        """With every tensor where `place` puts it."""
-        parts = {name: getattr(self, name) for name in _PARTS}
+        """With every tensor where `place` puts it, but the codes, for which there was room from the beginning."""
+        parts = {name: getattr(self, name) for name in _PARTS if name != "codes"}
         placed: dict[str, Any] = {name: place(part) for name, part in parts.items() if part is not None}
         return replace(self, **placed)
 
@@ -118,27 +118,38 @@ class PackedWeight:
         )
 
 
-def pack_weight(weight: Weight, *, is_rounded: bool = False) -> PackedWeight:
+class Empty(Protocol):
+    """Where codes find room: memory of so many numbers of a type, whatever is in it."""
+
+    def __call__(self, shape: Sequence[int], *, dtype: torch.dtype) -> Tensor: ...
+
+
+def _new(shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def pack_weight(weight: Weight, *, is_rounded: bool = False, empty: Empty = _new) -> PackedWeight:
     """Lay out one weight, quantized or not. An input that `is_rounded` comes scaled and quantized already."""
     if is_rounded and isinstance(weight, QuantizedWeight):
         weight = replace(weight, activation=ActivationQuantization.NONE, pre_scale=None)
     if isinstance(weight, Tensor):
-        return _pack_plain(weight)
+        return _pack_plain(weight, empty)
     if weight.codes.dtype == torch.int8:
-        return _pack_integer(weight)
-    return _pack_float(weight)
+        return _pack_integer(weight, empty)
+    return _pack_float(weight, empty)
 
 
-def _pack_plain(weight: Tensor) -> PackedWeight:
+def _pack_plain(weight: Tensor, empty: Empty) -> PackedWeight:
     values = weight if weight.dtype in FLOAT_TYPES else weight.to(torch.float32)
-    return _pack_values(values, group_size=values.shape[1], activation=ActivationQuantization.NONE)
+    return _pack_values(values, empty, group_size=values.shape[1], activation=ActivationQuantization.NONE)
 
 
-def _pack_float(weight: QuantizedWeight) -> PackedWeight:
+def _pack_float(weight: QuantizedWeight, empty: Empty) -> PackedWeight:
     if weight.zero_points is not None or weight.offsets is not None:  # no format of today has either
-        return _pack_plain(weight.dequantize())
+        return _pack_plain(weight.dequantize(), empty)
     return _pack_values(
         weight.codes,
+        empty,
         group_size=weight.group_size,
         activation=weight.activation,
         scales=_tile(weight.scales),
@@ -148,6 +159,7 @@ def _pack_float(weight: QuantizedWeight) -> PackedWeight:
 
 def _pack_values(
     values: Tensor,
+    empty: Empty,
     *,
     group_size: int,
     activation: ActivationQuantization,
@@ -156,8 +168,13 @@ def _pack_values(
 ) -> PackedWeight:
     out_features, in_features = values.shape
     padded_group = _round_up(group_size, 32 if group_size == in_features else 16)
+    bits = _bits(values)
+
+    def arrange(rows: slice) -> Tensor:
+        return _pair(_split(bits[rows], group_size, padded_group, 2))
+
     return PackedWeight(
-        codes=_pair(_split(_bits(values), group_size, padded_group, 2)),
+        codes=_arrange(bits, arrange, empty).view(bits.dtype),
         scales=scales,
         pre_scale=pre_scale,
         form=Form.FLOAT,
@@ -171,15 +188,18 @@ def _pack_values(
     )
 
 
-def _pack_integer(weight: QuantizedWeight) -> PackedWeight:
+def _pack_integer(weight: QuantizedWeight, empty: Empty) -> PackedWeight:
     if weight.zero_points is not None and weight.zero_points.is_floating_point():
         weight = _fold_zero_points(weight, weight.zero_points)
     out_features, in_features = weight.shape
     code_bias = _choose_bias(weight)
     is_nibble, is_dynamic = code_bias < 128, weight.activation in _DYNAMIC
     padded_group = _round_up(weight.group_size, 64 if weight.num_groups == 1 else 16)
-    codes = weight.codes.view(torch.uint8) + code_bias  # wraps to where it would come without wrapping
-    units = _split(codes, weight.group_size, padded_group, 8, fill=code_bias)  # (tiles, 16, groups, units, 8)
+
+    def arrange(rows: slice) -> Tensor:
+        codes = weight.codes[rows].view(torch.uint8) + code_bias  # wraps to where it would come without wrapping
+        return _halve(_split(codes, weight.group_size, padded_group, 8, fill=code_bias), is_nibble=is_nibble)
+
     is_asymmetric = weight.activation is ActivationQuantization.INT8_ASYMMETRIC
     aligned = align_scales(weight)
     sums = None if aligned is None else sum_weights(weight, aligned)
@@ -188,7 +208,7 @@ def _pack_integer(weight: QuantizedWeight) -> PackedWeight:
     else:
         zeros, offsets = None, _pack_constants(weight, aligned, code_bias)
     return PackedWeight(
-        codes=_halve(units, is_nibble=is_nibble),
+        codes=_arrange(weight.codes, arrange, empty).view(torch.uint8),
         scales=_tile(weight.scales) if aligned is None else _tile_numbers(aligned.multiples, fill=0),
         units=None if aligned is None else F.pad(aligned.units, (0, -out_features % LANES)),
         zeros=zeros,
@@ -252,7 +272,7 @@ def _sum_rows(weight: QuantizedWeight, sums: Sums | None) -> Tensor:
 def _sum_floats(weight: QuantizedWeight) -> Tensor:
     out_features, num_groups = weight.scales.shape
     codes = weight.codes.view(out_features, num_groups, -1)
-    sums = torch.cat([codes[rows].sum(dim=2, dtype=torch.int32) for rows in pieces_of(weight)])
+    sums = torch.cat([codes[rows].sum(dim=2, dtype=torch.int32) for rows in pieces_of(weight.codes)])
     if weight.zero_points is not None:
         sums = sums - weight.zero_points.to(torch.int32) * weight.group_size
     total = torch.zeros(out_features)
@@ -261,6 +281,18 @@ def _sum_floats(weight: QuantizedWeight) -> Tensor:
         if weight.offsets is not None:
             total = total + weight.offsets[:, group].to(torch.float32) * float(weight.group_size)
     return total
+
+
+def _arrange(codes: Tensor, arrange: Callable[[slice], Tensor], empty: Empty) -> Tensor:
+    """What `arrange` makes of the rows of all codes, piece by piece: large tensors on the way would be new memory."""
+    pieces = pieces_of(codes)
+    first = arrange(pieces[0])
+    arranged = empty((-(-len(codes) // LANES), *first.shape[1:]), dtype=first.dtype)
+    arranged[: len(first)] = first
+    for rows in pieces[1:]:
+        tiles = arrange(rows)
+        arranged[rows.start // LANES :][: len(tiles)] = tiles
+    return arranged
 
 
 def _split(codes: Tensor, group_size: int, padded_group: int, size: int, *, fill: int = 0) -> Tensor:
@@ -273,20 +305,19 @@ def _split(codes: Tensor, group_size: int, padded_group: int, size: int, *, fill
 
 
 def _halve(units: Tensor, *, is_nibble: bool) -> Tensor:
-    """(tiles, 16, groups, units, 8) as (tiles, groups, units, 2, 16, 4); nibbles of both halves in one byte."""
+    """(tiles, 16, groups, units, 8) as (tiles, groups, units, 2, 16) of four each; nibbles of both halves in one."""
     fours = units.contiguous().view(torch.int32)  # (tiles, 16, groups, units, 2)
     if is_nibble:  # bits that leave a byte would meet the next one's lowest, but there are none
-        both = fours[..., 0] | (fours[..., 1] << 4)
-        return both.permute(0, 2, 3, 1).contiguous().view(torch.uint8)
-    return fours.permute(0, 2, 3, 4, 1).contiguous().view(torch.uint8)
+        return (fours[..., 0] | (fours[..., 1] << 4)).permute(0, 2, 3, 1)
+    return fours.permute(0, 2, 3, 4, 1)
 
 
 def _pair(pairs: Tensor) -> Tensor:
-    """(tiles, 16, groups, pairs, 2) as (tiles, groups, pairs, 16, 2), moved by pairs; float32: (..., 2, 16)."""
+    """(tiles, 16, groups, pairs, 2) as (tiles, groups, pairs, 16), pairs in one; float32: (..., pairs, 2, 16)."""
     if pairs.dtype == torch.float32:
-        return pairs.permute(0, 2, 3, 4, 1).contiguous()
+        return pairs.permute(0, 2, 3, 4, 1)
     wide = pairs.contiguous().view({1: torch.int16, 2: torch.int32}[pairs.element_size()]).squeeze(-1)
-    return wide.permute(0, 2, 3, 1).contiguous().view(pairs.dtype)
+    return wide.permute(0, 2, 3, 1)
 
 
 def _tile(numbers: Tensor | None) -> Tensor | None:

@@ -134,7 +134,7 @@ def test_sums_of_many_rows_are_those_of_whole_weights(has_zeros: bool, has_offse
     weight = replace(small, **{name: part.repeat(24, 1) for name, part in parts.items() if part is not None})
     aligned = align_scales(weight)
     assert aligned is not None
-    assert len(pieces_of(weight)) > 1
+    assert len(pieces_of(weight.codes)) > 1
     found, numbers = sum_weights(weight, aligned), whole_weights(weight, aligned).to(torch.int64)
     assert found.sums.tolist() == numbers.sum(dim=(1, 2)).tolist()
     assert found.magnitudes.tolist() == numbers.abs().sum(dim=(1, 2)).tolist()

@@ -28,7 +28,7 @@ _MOST_INPUTS = 2**15  # whose products with weights of 16 and exact inputs of 24
 _DYNAMIC = (ActivationQuantization.INT8_ASYMMETRIC, ActivationQuantization.INT8_SYMMETRIC)
 _STEP = 64  # inputs: what the kernel for many rows multiplies at once
 _TINY = torch.finfo(torch.float32).tiny / _MOST  # the least unit
-_PIECE = 2**18  # numbers
+_PIECE = 2**20  # numbers
 _TILE = 16  # rows
 _LARGEST_INPUT = 128  # of an int8 code, and of a zero point
 

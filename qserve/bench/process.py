@@ -17,6 +17,7 @@ from urllib.request import urlopen
 from qserve.errors import UsageError
 
 _LOG_LINES = 8  # told when it does not start
+_REST_SECONDS, _REST_MIB = 1.0, 1.0
 _LOADED = re.compile(r"is loaded in [\d.]+ s \(([^)]*)\)")
 
 
@@ -67,6 +68,15 @@ class ServerProcess:
 
     def read_memory(self) -> dict[str, float | None]:
         return read_memory(self._process.pid)
+
+    def wait_until_at_rest(self) -> None:
+        """Until its memory grows no more: the cache's pages are found in the background."""
+        was, since = 0.0, time.perf_counter()
+        while time.perf_counter() - since < _REST_SECONDS and self._process.poll() is None:
+            now = self.read_memory()["rss_mib"] or 0.0
+            if abs(now - was) > _REST_MIB:
+                was, since = now, time.perf_counter()
+            time.sleep(0.05)
 
     def read_breakdown(self) -> dict[str, float]:
         """Seconds of each part of the start, as the server's log tells them."""

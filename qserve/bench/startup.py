@@ -20,14 +20,18 @@ from qserve.options import add_options, read_options
 
 _DESCRIPTION = """\
 Start a server again and again: when its port is open, when it is ready, and when the first token of its first request
-has come. What the system has read lately is still in its memory: only the first start may have waited for the disk."""
+has come; what the time went to, and what the server weighs after that request, with all of its cache in memory. What
+the system has read lately is still in its memory: only the first start may have waited for the disk."""
 
 _COLUMNS = (
     Column(figure="listening_s", title="port open", unit="s", digits=2),
+    Column(figure="imports_s", title="imports", unit="s", digits=2, is_minor=True),
+    Column(figure="weights_s", title="weights", unit="s", digits=2, is_minor=True),
     Column(figure="ready_s", title="ready", unit="s", digits=2),
     Column(figure="first_token_s", title="first token", unit="s", digits=2),
     Column(figure="rss_mib", title="memory", unit="MiB", digits=0),
     Column(figure="peak_rss_mib", title="at most", unit="MiB", digits=0),
+    Column(figure="beside_mib", title="beside weights and cache", unit="MiB", digits=0),
 )
 _PROMPT_TOKENS = 32
 
@@ -65,19 +69,22 @@ def run(arguments: argparse.Namespace) -> int:
 def _measure(model: Model, arguments: argparse.Namespace) -> Figures:
     with ServerProcess(server_arguments(model, arguments)) as process:
         process.wait_until_ready(interval=0.01)
-        first = asyncio.run(_first_token(process.url))
+        first, kept = asyncio.run(_first_token(process.url))
+        process.wait_until_at_rest()
+        memory = process.read_memory()
         parts = {f"{name}_s": seconds for name, seconds in process.read_breakdown().items()}
         return {
             "listening_s": process.listening_seconds,
             "ready_s": process.ready_seconds,
             "first_token_s": process.ready_seconds + first,
-            **process.read_memory(),
+            **memory,
+            "beside_mib": None if memory["rss_mib"] is None else memory["rss_mib"] - kept,
             **parts,
         }
 
 
-async def _first_token(url: str) -> float:
-    """Seconds from a request to its first chunk."""
+async def _first_token(url: str) -> tuple[float, float]:
+    """Seconds from a request to its first chunk, and MiB that the server says its weights and its cache have."""
     server = connect(Target.parse(url), api_key="", seconds=60)
     try:
         await server.look()
@@ -87,7 +94,7 @@ async def _first_token(url: str) -> float:
         server.connections.close()
     if answer.failure:
         raise UsageError(f"the server was ready, and then failed its first request: {answer.failure}")
-    return answer.ttft
+    return answer.ttft, sum(server.facts["details"]["memory"].values()) / 2**20
 
 
 def _make_result(arguments: argparse.Namespace, models: list[Model], runs: dict[str, list[Figures]]) -> Result:

@@ -1,5 +1,6 @@
 """`qserve serve` as a process: the port before the model, the words it prints, and how it ends."""
 
+import gc
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import pytest
 from qserve.api.app import make_app
 from qserve.api.service import Service
 from qserve.config import ServerConfig
+from qserve.serve import without_collections
 from qserve.server import Server, listen
 from tests import tiny
 from tests.api.conftest import make_llm, wait_until
@@ -123,6 +125,11 @@ def test_from_the_first_probe_to_a_drained_end(checkpoint: Path) -> None:
         assert httpx.get(url + "/ready").status_code == 503  # torch alone takes longer to import than this
         url = running.wait_until_ready()
         assert "curl" in running.printed
+        parts = re.search(r"mine is loaded in ([\d.]+) s \((.*?)\)", running.printed)
+        assert parts, running.printed
+        seconds = {name: float(number) for name, number in (part.rsplit(" ", 1) for part in parts[2].split(", "))}
+        assert list(seconds) == ["imports", "checkpoint", "tokenizer", "kernels", "weights", "warm-up"]
+        assert abs(sum(seconds.values()) - float(parts[1])) < 0.05
         assert httpx.get(url + "/v1/models").json()["data"][0]["id"] == "mine"
         readers = [Reader(url) for _ in range(4)]
         wait_until(lambda: all(len(reader.frames) > 3 for reader in readers))
@@ -132,6 +139,20 @@ def test_from_the_first_probe_to_a_drained_end(checkpoint: Path) -> None:
             assert last["choices"][0]["finish_reason"] == "length"
         assert running.wait() == 0, running.printed
         assert "Traceback" not in running.printed
+
+
+def test_garbage_is_left_alone_while_the_model_is_loaded_and_what_is_there_then_for_ever() -> None:
+    before = gc.get_freeze_count()
+    try:
+        with without_collections():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > before
+        with pytest.raises(ValueError, match="broken"), without_collections():
+            raise ValueError("broken")
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()
 
 
 def test_what_takes_longer_than_the_drain_ends_with_an_error(checkpoint: Path) -> None:

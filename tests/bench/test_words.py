@@ -191,4 +191,7 @@ def test_startup(models: tuple[Path, Path], tmp_path: Path) -> None:
     document = bench("startup", str(models[0]), *PLAIN, "--repeats", "1", folder=tmp_path)
     (run,) = document["rows"][0]["repeats"]
     assert 0 < run["listening_s"] <= run["ready_s"] < run["first_token_s"]
+    assert run["imports_s"] > 0
     assert run["weights_s"] >= 0
+    assert run["imports_s"] + run["weights_s"] < run["ready_s"]
+    assert 0 < run["beside_mib"] < run["rss_mib"] <= run["peak_rss_mib"]

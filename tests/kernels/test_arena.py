@@ -1,7 +1,9 @@
 """Tensors placed in an arena keep their values, begin on a cache line, and never share a byte."""
 
+import ctypes
 import mmap
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qserve.kernels.arena import Arena, map_memory, populate_in_background
+from qserve.kernels.arena import Arena, give_back_free_memory, keep_free_memory, map_memory, populate_in_background
 
 DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.float8_e4m3fn)
 
@@ -34,6 +36,17 @@ def test_no_two_share_a_byte() -> None:
     arena = Arena()
     spans = sorted((copy.data_ptr(), copy.nbytes) for copy in (arena.place(make(n, size=77)) for n in range(50)))
     assert all(start + length <= following for (start, length), (following, _) in pairwise(spans))
+
+
+def test_threads_that_place_at_once_share_no_byte() -> None:
+    arena = Arena()
+    originals = [make(number, size=number * 1000) for number in range(1, 60)]
+    with ThreadPoolExecutor(4) as pool:
+        placed = list(pool.map(arena.place, originals))
+    spans = sorted((copy.data_ptr(), copy.nbytes) for copy in placed)
+    assert all(start + length <= following for (start, length), (following, _) in pairwise(spans))
+    for original, copy in zip(originals, placed, strict=True):
+        assert torch.equal(copy.view(torch.uint8), original.view(torch.uint8))
 
 
 def flags_of_memory(address: int) -> set[str]:
@@ -72,3 +85,15 @@ def test_populated_memory_is_resident_and_keeps_what_was_written() -> None:
     populate_in_background(memory[100:]).join()
     assert resident_bytes() - before > 60 * 2**20
     assert (int(memory[12345]), int(memory[-1]), int(memory.count_nonzero())) == (7, 9, 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc's malloc")
+def test_freed_memory_is_given_back() -> None:
+    keep_free_memory()
+    stays = make(1, size=100)
+    some = [torch.ones(2**20, dtype=torch.uint8) for _ in range(40)]
+    before = resident_bytes()
+    del some
+    give_back_free_memory()
+    assert before - resident_bytes() > 30 * 2**20
+    assert torch.equal(stays, make(1, size=100))

@@ -131,7 +131,7 @@ def test_a_channel_of_zeros_beside_offsets() -> None:
 def test_sums_of_many_rows_are_those_of_whole_weights(has_zeros: bool, has_offsets: bool) -> None:
     small = _random_weight(has_zeros=has_zeros, has_offsets=has_offsets)
     parts = {name: getattr(small, name) for name in ("codes", "scales", "zero_points", "offsets")}
-    weight = replace(small, **{name: part.repeat(24, 1) for name, part in parts.items() if part is not None})
+    weight = replace(small, **{name: part.repeat(96, 1) for name, part in parts.items() if part is not None})
     aligned = align_scales(weight)
     assert aligned is not None
     assert len(pieces_of(weight.codes)) > 1

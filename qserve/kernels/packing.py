@@ -33,7 +33,7 @@ from qserve.quant.weight import ActivationQuantization, QuantizedWeight, Weight
 
 LANES = 16
 _DYNAMIC = (ActivationQuantization.INT8_ASYMMETRIC, ActivationQuantization.INT8_SYMMETRIC)
-_MAX_SHORT_GROUP = 256  # up to here 16-bit inputs times 8-bit codes add up within 32 bits
+_MIDDLE_CODE = 7  # of unsigned ones: kernels count from it, see aligned.h
 # What the kernels quantize themselves; any other kind is a float input to them, rounded before it comes.
 KERNEL_ACTIVATIONS = {
     ActivationQuantization.NONE: 0,
@@ -74,7 +74,7 @@ class PackedWeight:
 
     @property
     def name(self) -> str:
-        """What the kernel multiplies, for people: int4 codes with 8-, 16- or 24-bit inputs, or floats."""
+        """What the kernel multiplies, for people: int4 codes with 8- or 16-bit inputs, or floats."""
         if self.form is Form.FLOAT:
             return next(
                 str(dtype).removeprefix("torch.") for dtype, number in FLOAT_TYPES.items() if number == self.value_type
@@ -217,7 +217,7 @@ def _pack_integer(weight: QuantizedWeight, empty: Empty) -> PackedWeight:
         pre_scale=_widen(weight.pre_scale),
         form=Form.INT4 if is_nibble else Form.INT8,
         activation=weight.activation,
-        planes=1 if is_dynamic else _count_planes(weight, aligned),
+        planes=1 if is_dynamic else 2,
         out_features=out_features,
         in_features=in_features,
         group_size=weight.group_size,
@@ -243,17 +243,12 @@ def _choose_bias(weight: QuantizedWeight) -> int:
     return next((bias for bias in (8, 0) if low + bias >= 0 and high + bias <= 15), 128)
 
 
-def _count_planes(weight: QuantizedWeight, aligned: AlignedScales | None) -> int:
-    """int8 numbers for one float input: enough to lose nothing."""
-    return 2 if aligned is None and weight.num_groups > 1 and weight.group_size <= _MAX_SHORT_GROUP else 3
-
-
 def _pack_constants(weight: QuantizedWeight, aligned: AlignedScales, code_bias: int) -> Tensor | None:
-    """What the unsigned code 0 stands for, where it is not everywhere -8 times the multiple."""
+    """What the middle code stands for, where it is not everywhere a whole number of multiples."""
     if aligned.offsets is None and (weight.zero_points is None or not bool(weight.zero_points.any())):
         return None
     zeros = code_bias if weight.zero_points is None else code_bias + weight.zero_points.to(torch.int16)
-    constants = -zeros * aligned.multiples
+    constants = (_MIDDLE_CODE - zeros) * aligned.multiples
     return _tile_numbers(constants if aligned.offsets is None else constants + aligned.offsets, fill=0)
 
 

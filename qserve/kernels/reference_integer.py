@@ -42,14 +42,14 @@ def integer_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     return scales * (_sum_groups(codes, weight) - zero_points * _sum_groups(ones, weight))
 
 
-_MOST_EXACT = torch.tensor(127.0 * 65536)  # of an exact input: three signed digits of base 256
+_MOST_EXACT = torch.tensor(127.0 * 256)  # of an exact input: two signed digits of base 256
 _NOTHING = 1e-24  # a row without a larger number is a row of zeros
 
 
 def exact_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """A 4-bit weight with aligned scales times float inputs: (tokens, out_features) float32, without bias.
 
-    An input is a whole number q of 24 bits times its token's scale s, a weight a whole number w of 16 bits times its
+    An input is a whole number q of 16 bits times its token's scale s, a weight a whole number w of 16 bits times its
     channel's unit u:
 
         y = s * (u * float(sum over k of q[k] * w[k]))       the sum exact, each operation rounded to float32

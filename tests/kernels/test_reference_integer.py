@@ -85,8 +85,8 @@ def test_exact_inputs(has_zero_points: bool, has_offsets: bool) -> None:
     numbers = whole_weights(weight, aligned).flatten(1)
     for token in (0, 3, 4):
         largest = x[token].abs().max()
-        inputs = torch.round(x[token] * (torch.tensor(127.0 * 65536) / largest)).to(torch.int64)
+        inputs = torch.round(x[token] * (torch.tensor(127.0 * 256) / largest)).to(torch.int64)
         total = (inputs * numbers).sum(1).to(torch.float32)
-        assert torch.equal(y[token], largest / (127.0 * 65536) * (aligned.units * total))
+        assert torch.equal(y[token], largest / (127.0 * 256) * (aligned.units * total))
     assert not y[1:3].any()
     torch.testing.assert_close(y[4], weight.dequantize() @ x[4], atol=1e-3, rtol=1e-3)

@@ -49,6 +49,17 @@ QSERVE_INLINE F32 to_float(Doubles x) {
 
 #endif
 
+// Where inputs are exact, codes count from 7. So a sum of 32 products fits in 16 bits: codes are -7 to 8 and inputs -128
+// to 127, and 32 * 8 * 127 and 32 * -8 * 128 just do. What a weight of code 7 is stands beside the multiples, or is a
+// multiple itself where it differs from zero by whole codes.
+constexpr int kMiddleCode = 7;
+
+inline bool has_short_sums(const Weight& w) { return w.units != nullptr && w.planes == 2 && w.padded_group == 32; }
+
+inline bool counts_from_middle(const Weight& w) {
+  return has_short_sums(w) || (w.units != nullptr && w.planes == 2 && w.offsets != nullptr);
+}
+
 QSERVE_INLINE Doubles operator*(Doubles x, double factor) { return {x.low * factor, x.high * factor}; }
 QSERVE_INLINE Doubles operator+(Doubles x, Doubles y) { return {x.low + y.low, x.high + y.high}; }
 QSERVE_INLINE Doubles operator-(Doubles x, Doubles y) { return {x.low - y.low, x.high - y.high}; }

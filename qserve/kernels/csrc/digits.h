@@ -1,6 +1,7 @@
 // Weights with aligned scales as two digits of 8 bits each, for AMX: w = multiple * code + constant = 256 high + low, the
 // high digit signed, the low one unsigned. See aligned_scales.py.
 #pragma once
+#include "aligned.h"
 #include "lanes.h"
 #include "stage.h"
 
@@ -56,9 +57,11 @@ struct Shifted : Affine {  // where the code of zero differs
   }
 };
 
-struct Moved : Affine {  // where the constants stand beside the multiples
-  QSERVE_INLINE Moved(const Weight& w, int64_t index)
-      : Affine(load_words(w.scales, index), load_words(w.offsets, index)) {}
+struct Moved : Affine {  // where the constants of the middle code stand beside the multiples
+  QSERVE_INLINE Moved(const Weight& w, int64_t index) : Moved(load_words(w.scales, index), load_words(w.offsets, index)) {}
+
+ private:
+  QSERVE_INLINE Moved(Words multiples, Words constants) : Affine(multiples, constants - kMiddleCode * multiples) {}
 };
 
 class Symmetric {  // where it is 8: the upper four bits of a number can be its signed code times 2^12

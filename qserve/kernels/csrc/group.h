@@ -23,30 +23,39 @@ QSERVE_INLINE GroupScales load_scales(const Weight& w, int64_t index) {
   return group;
 }
 
-// sums[p] are the planes' dot products with codes whose zero is already taken away. With int8 inputs each operation
-// is rounded, as the recipe's formula says; exact inputs have no formula to agree with, and may be fused.
-template <int Planes>
-QSERVE_INLINE F32 add_group(F32 y, const I32* sums, const GroupScales& group, float input_scale, float total) {
-  if constexpr (Planes == 1) y += group.scale * to_float(sums[0]);
-  if constexpr (Planes == 2) y = fused(group.scale * splat(input_scale), to_float((sums[0] << 8) + sums[1]), y);
-  if constexpr (Planes == 3) {
-    const F32 upper = fused(to_float(sums[0]), splat(256.0f), to_float(sums[1]));
-    y = fused(group.scale, fused(upper, splat(256.0f), to_float(sums[2])), y);
-  }
-  if (!group.has_offset) return y;
-  return Planes == 1 ? y + group.offset * splat(total) : fused(group.offset, splat(total), y);
+// What stands for an input, see Rows.
+enum Inputs { kDynamicInputs, kGroupInputs, kRowInputs };
+
+constexpr int num_planes(Inputs inputs) { return inputs == kDynamicInputs ? 1 : 2; }
+
+inline Inputs inputs_of(const Weight& w) {
+  if (w.planes == 1) return kDynamicInputs;
+  return w.has_group_inputs() ? kGroupInputs : kRowInputs;
 }
 
-template <int Planes>
+// sums[p] are the planes' dot products with codes whose zero is already taken away. With int8 inputs each operation
+// is rounded, as the recipe's formula says; exact inputs have no formula to agree with, and may be fused.
+template <Inputs Kind>
+QSERVE_INLINE F32 add_group(F32 y, const I32* sums, const GroupScales& group, float input_scale, float total) {
+  if constexpr (Kind == kDynamicInputs) y += group.scale * to_float(sums[0]);
+  if constexpr (Kind == kGroupInputs)
+    y = fused(group.scale * splat(input_scale), to_float((sums[0] << 8) + sums[1]), y);
+  if constexpr (Kind == kRowInputs)
+    y = fused(group.scale, fused(to_float(sums[0]), splat(256.0f), to_float(sums[1])), y);
+  if (!group.has_offset) return y;
+  return Kind == kDynamicInputs ? y + group.offset * splat(total) : fused(group.offset, splat(total), y);
+}
+
+template <Inputs Kind>
 QSERVE_INLINE F32 finish_row(F32 y, const Weight& w, const Rows& rows, int64_t row, int tile) {
-  if constexpr (Planes == 2) return y;
+  if constexpr (Kind == kGroupInputs) return y;
   if (w.fix != nullptr) y -= splat(rows.zeros[row]) * load<F32>((const float*)w.fix + tile * kLanes);
   return splat(rows.scales[row]) * y;
 }
 
-template <int Planes>
+template <Inputs Kind>
 QSERVE_INLINE float input_scale(const Weight& w, const Rows& rows, int64_t row, int group) {
-  return Planes == 2 ? rows.scales[row * w.groups + group] : 1.0f;
+  return Kind == kGroupInputs ? rows.scales[row * w.groups + group] : 1.0f;
 }
 
 }  // namespace qserve

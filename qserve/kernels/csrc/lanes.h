@@ -188,12 +188,20 @@ QSERVE_INLINE I32 load_int16(const void* from, int64_t index) {
 #endif
 }
 
-// sums + x * y modulo 2^32, both factors of 16 bits.
+// sums + x * y modulo 2^32, both factors of 16 bits; of y the upper bits are zero.
 QSERVE_INLINE U32 add_product(U32 sums, I32 x, int32_t y) {
 #if defined(__AVX512VNNI__)
-  return (U32)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)x, _mm512_set1_epi32(y & 0xffff));
+  return (U32)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)x, _mm512_set1_epi32(y));
 #else
-  return sums + (U32)x * (uint32_t)y;
+  return sums + (U32)x * (uint32_t)(int16_t)y;
+#endif
+}
+
+QSERVE_INLINE U32 add_product(U32 sums, I32 x, I32 y) {
+#if defined(__AVX512VNNI__)
+  return (U32)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)x, (__m512i)y);
+#else
+  return sums + (U32)x * (U32)(y << 16 >> 16);
 #endif
 }
 

@@ -1,19 +1,16 @@
-// Weights times exact inputs by AMX: three planes of int8 a row (rows.h), and of weights two tiles side by side. With
-// aligned scales these are the two digits of 16 channels (digits.h), and nothing happens between groups; codes of 8 bits
-// with a scale a channel are multiplied where they stand, 32 channels at a time. So a step of 64 inputs is
+// Weights times exact inputs by AMX: of weights two tiles side by side. With aligned scales these are the two digits of 16
+// channels (digits.h), and nothing happens between groups; codes of 8 bits with a scale a channel are multiplied where
+// they stand, 32 channels at a time.
 //
-//     planes  0    1    2         times    left, right        six sums: (row, plane, side, 16 channels)
-//
-// All sums are exact, so this has the bits of linear_integer.cpp. What the vector units have to do is strewn among the
-// products of tiles: unpacking the next weights, putting away the last results.
+// All sums (exact_sums.h) are exact, so this has the bits of linear_integer.cpp. What the vector units have to do is
+// strewn among the products of tiles: unpacking the next weights, putting away the last results.
 #include <algorithm>
 #include <type_traits>
 
-#include "aligned.h"
 #include "digits.h"
+#include "exact_sums.h"
 #include "group.h"
 #include "linear.h"
-#include "tiles.h"
 
 namespace qserve {
 
@@ -21,131 +18,7 @@ namespace qserve {
 
 namespace {
 
-constexpr int kPlanes = 3, kBlockRows = PlaneTiles::kRows;
-constexpr int kTileBytes = kStep * kLanes;
-
-// Two tiles of weights.
-struct Pair {
-  const int8_t *left, *right;
-};
-
-// Sums of each plane and side apart: (row, plane, side, 16 channels). Of one tile of inputs (or two) all planes of five rows
-// follow each other, of three each is a plane: tiles 0 and 1 of sums are the first one's, 2 and 3 the second's, 4 and 5 the
-// third's. The sixteenth row of a tile of five is nobody's, and stands where the next tile's first belongs.
-template <bool IsLeftUnsigned, int Tiles, bool IsStream = false>  // of several blocks of rows, inputs are a stream
-struct Apart {
-  static constexpr int kTiles = Tiles, kRowSums = kPlanes * 2 * kLanes;
-  static constexpr int64_t kNextTile = Tiles == 3 ? 2 * kLanes : PlaneTiles::kFewRows * kRowSums;
-  static constexpr int64_t kNextRow = (Tiles == 3 ? kRowSums : 2 * kLanes) * 4;  // bytes
-
-  // `amidst` is what else is to be done, in two parts.
-  template <class Amidst>
-  static QSERVE_INLINE void multiply(const int8_t* inputs, const Pair& weights, Amidst& amidst) {
-    tile_load<6>(weights.left, 64);
-    tile_load_inputs<IsStream, 7>(inputs, 64);
-    tile_dot<IsLeftUnsigned, 0, 7, 6>();
-    tile_load<6>(weights.right, 64);
-    tile_dot<true, 1, 7, 6>();
-    amidst(0);
-    if constexpr (Tiles > 1) {
-      tile_load_inputs<IsStream, 7>(inputs + kTileBytes, 64);
-      tile_dot<true, 3, 7, 6>();
-      tile_load<6>(weights.left, 64);
-      tile_dot<IsLeftUnsigned, 2, 7, 6>();
-    }
-    amidst(1);
-    if constexpr (Tiles > 2) {
-      tile_load_inputs<IsStream, 7>(inputs + 2 * kTileBytes, 64);
-      tile_dot<IsLeftUnsigned, 4, 7, 6>();
-      tile_load<6>(weights.right, 64);
-      tile_dot<true, 5, 7, 6>();
-    }
-  }
-
-  static void clear() {
-    tile_zero<0>(), tile_zero<1>();
-    if constexpr (Tiles > 1) tile_zero<2>(), tile_zero<3>();
-    if constexpr (Tiles > 2) tile_zero<4>(), tile_zero<5>();
-  }
-
-  static void read(const int32_t* sums) {
-    tile_load<0>(sums, kNextRow), tile_load<1>(sums + kLanes, kNextRow);
-    sums += kNextTile;
-    if constexpr (Tiles > 1) tile_load<2>(sums, kNextRow), tile_load<3>(sums + kLanes, kNextRow);
-    sums += kNextTile;
-    if constexpr (Tiles > 2) tile_load<4>(sums, kNextRow), tile_load<5>(sums + kLanes, kNextRow);
-  }
-
-  static void write(int32_t* sums) {
-    tile_store<0>(sums, kNextRow), tile_store<1>(sums + kLanes, kNextRow);
-    sums += kNextTile;
-    if constexpr (Tiles > 1) tile_store<2>(sums, kNextRow), tile_store<3>(sums + kLanes, kNextRow);
-    sums += kNextTile;
-    if constexpr (Tiles > 2) tile_store<4>(sums, kNextRow), tile_store<5>(sums + kLanes, kNextRow);
-  }
-
-  static QSERVE_INLINE I32 plane(const int32_t* sums, int p, int side) {
-    return load<I32>(sums + (p * 2 + side) * kLanes);
-  }
-
-  // Of both digits of all planes.
-  static QSERVE_INLINE Doubles total(const int32_t* sums) {
-    Doubles total = {};
-    for (int p = 0; p < kPlanes; ++p)
-      total = total * 256.0 + (to_doubles(plane(sums, p, 0)) * 256.0 + to_doubles(plane(sums, p, 1)));
-    return total;
-  }
-};
-
-// Three planes of 16 rows times two digits, where products that count alike add up: (row, power of 256, 16 channels),
-//
-//     power       3        2              1              0
-//     products    0 high   0 low, 1 high  1 low, 2 high  2 low
-template <bool IsStream>
-struct ByPower {
-  static constexpr int kTiles = 3, kRowSums = 4 * kLanes;
-  static constexpr int64_t kNextRow = 4 * kRowSums;  // bytes
-
-  // A sum's two products stand as far apart as they can, for the second waits for the first.
-  template <class Amidst>
-  static QSERVE_INLINE void multiply(const int8_t* inputs, const Pair& weights, Amidst& amidst) {
-    tile_load<7>(weights.right, 64);
-    tile_load_inputs<IsStream, 4>(inputs, 64);
-    tile_dot<true, 1, 4, 7>();
-    tile_load_inputs<IsStream, 5>(inputs + kTileBytes, 64);
-    tile_dot<true, 2, 5, 7>();
-    amidst(0);
-    tile_load<6>(weights.left, 64);
-    tile_dot<false, 0, 4, 6>();
-    tile_dot<false, 1, 5, 6>();
-    amidst(1);
-    tile_load_inputs<IsStream, 4>(inputs + 2 * kTileBytes, 64);
-    tile_dot<false, 2, 4, 6>();
-    tile_dot<true, 3, 4, 7>();
-  }
-
-  static void clear() { tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>(); }
-
-  static void read(const int32_t* sums) {
-    tile_load<0>(sums, kNextRow);
-    tile_load<1>(sums + kLanes, kNextRow);
-    tile_load<2>(sums + 2 * kLanes, kNextRow);
-    tile_load<3>(sums + 3 * kLanes, kNextRow);
-  }
-
-  static void write(int32_t* sums) {
-    tile_store<0>(sums, kNextRow);
-    tile_store<1>(sums + kLanes, kNextRow);
-    tile_store<2>(sums + 2 * kLanes, kNextRow);
-    tile_store<3>(sums + 3 * kLanes, kNextRow);
-  }
-
-  static QSERVE_INLINE Doubles total(const int32_t* sums) {
-    Doubles total = load_doubles(sums);
-    for (int power = 1; power < 4; ++power) total = fused(total, 256.0, load_doubles(sums + power * kLanes));
-    return total;
-  }
-};
+constexpr int kBlockRows = PlaneTiles::kRows, kTileBytes = PlaneTiles::kTileBytes;
 
 // Results of up to 16 rows that wait in `sums`.
 class Results {
@@ -176,7 +49,7 @@ class Results {
 
   template <class Sums>
   void put_codes(int64_t count) {
-    if constexpr (Sums::kRowSums == kPlanes * 2 * kLanes) {
+    if constexpr (Sums::kHasSides) {
       put_side<Sums>(count, 0);
       if (tile_ + 1 < w_.tiles()) put_side<Sums>(count, 1);
     }
@@ -193,8 +66,8 @@ class Results {
       I32 planes[kPlanes];
       for (int p = 0; p < kPlanes; ++p)
         planes[p] = Sums::plane(sums_ + i * Sums::kRowSums, p, side) + splat(rows_.starts[row * kPlanes + p]);
-      const F32 y = add_group<kPlanes>(F32{}, planes, scales, 1.0f, rows_.totals[row]);
-      return finish_row<kPlanes>(y, w_, rows_, row, tile);
+      const F32 y = add_group<kRowInputs>(F32{}, planes, scales, 1.0f, rows_.totals[row]);
+      return finish_row<kRowInputs>(y, w_, rows_, row, tile);
     });
   }
 
@@ -275,11 +148,11 @@ class Task {
   template <bool IsStream, class Weights, class Amidst>
   void choose(const Slab& slab, int64_t row, const Weights& weights, Amidst& amidst) {
     constexpr bool kAreCodes = Weights::kAreCodes;
-    using Widest = std::conditional_t<kAreCodes, Apart<true, 3, IsStream>, ByPower<IsStream>>;
-    const int tiles = PlaneTiles::count(rows_.count - row);
-    if (tiles == 3) multiply_rows<Widest>(slab, row, weights, amidst);
-    if (tiles == 2) multiply_rows<Apart<kAreCodes, 2>>(slab, row, weights, amidst);
-    if (tiles == 1) multiply_rows<Apart<kAreCodes, 1>>(slab, row, weights, amidst);
+    using Both = std::conditional_t<kAreCodes, Apart<true, 2, IsStream>, ByPower<IsStream>>;
+    if (PlaneTiles::count(rows_.count - row) == 2)
+      multiply_rows<Both>(slab, row, weights, amidst);
+    else
+      multiply_rows<Apart<kAreCodes, 1>>(slab, row, weights, amidst);
   }
 
   template <class Sums, class Weights, class Amidst>

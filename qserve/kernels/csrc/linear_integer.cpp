@@ -45,9 +45,9 @@ QSERVE_INLINE void dot_group(const uint8_t* codes, int units, const int8_t* cons
 }
 
 // Units is the length of a group in units of eight inputs, or 0 where it is known only at run time.
-template <int Bits, int Planes, int Units, int NumRows>
+template <int Bits, Inputs Kind, int Units, int NumRows>
 void multiply_tile(const Weight& w, const Rows& rows, const Output& output, int tile, int64_t first_row) {
-  constexpr int kCount = Planes * NumRows;
+  constexpr int Planes = num_planes(Kind), kCount = Planes * NumRows;
   const int units = Units ? Units : w.padded_group / 8;
   const int8_t* inputs[kCount];
   for (int i = 0; i < kCount; ++i) inputs[i] = rows.codes + (first_row * Planes + i) * rows.stride;
@@ -66,29 +66,28 @@ void multiply_tile(const Weight& w, const Rows& rows, const Output& output, int 
     const GroupScales scales = load_scales(w, index * kLanes);
     for (int r = 0; r < NumRows; ++r) {
       const int64_t row = first_row + r;
-      y[r] = add_group<Planes>(y[r], sums + r * Planes, scales, input_scale<Planes>(w, rows, row, g),
-                               rows.totals[row * w.groups + g]);
+      y[r] = add_group<Kind>(y[r], sums + r * Planes, scales, input_scale<Kind>(w, rows, row, g),
+                             rows.totals[row * w.groups + g]);
     }
   }
   for (int r = 0; r < NumRows; ++r)
-    output.put(first_row + r, tile, finish_row<Planes>(y[r], w, rows, first_row + r, tile));
+    output.put(first_row + r, tile, finish_row<Kind>(y[r], w, rows, first_row + r, tile));
 }
 
 // The same with aligned scales: sums of so many groups as 32 bits hold, of a narrow weight all, and of those in double.
-// Inputs of one plane are what the recipe makes of them; those of three are exact, and codes may have constants.
-template <int Planes, int Units, int NumRows>
+// Inputs of one plane are what the recipe makes of them; those of two are exact, and codes may have constants.
+template <Inputs Kind, int Units, int NumRows>
 void multiply_aligned_tile(const Weight& w, const Rows& rows, const Output& output, int tile, int64_t first_row) {
-  constexpr int kCount = Planes * NumRows;
+  constexpr int Planes = num_planes(Kind), kCount = Planes * NumRows;
+  constexpr bool kIsShort = Kind == kRowInputs && Units == 4;  // see has_short_sums
   constexpr int kMostInputs = 512;  // 128 * 8 * 4079 for each stays below 2^31
   const int units = Units ? Units : w.padded_group / 8;
   const int most = w.is_narrow ? w.groups : w.group_size < kMostInputs ? kMostInputs / w.group_size : 1;
-  const bool has_constants = Planes == 3 && w.offsets != nullptr;
+  const bool has_constants = Kind == kRowInputs && (kIsShort || w.offsets != nullptr);
+  const void* all_constants = w.offsets != nullptr ? w.offsets : w.scales;
   const int8_t* inputs[kCount];
-  const int32_t* starts[kCount];
-  for (int i = 0; i < kCount; ++i) {
-    inputs[i] = rows.codes + (first_row * Planes + i) * rows.stride;
-    starts[i] = rows.starts + (first_row + i / Planes) * w.groups * Planes + i % Planes;
-  }
+  for (int i = 0; i < kCount; ++i) inputs[i] = rows.codes + (first_row * Planes + i) * rows.stride;
+  const auto index_of = [&](int i, int g) { return ((first_row + i / Planes) * w.groups + g) * Planes + i % Planes; };
   Doubles y[kCount] = {};
   int64_t index = (int64_t)tile * w.groups;
   const uint8_t* codes = w.codes + index * units * 64;
@@ -96,17 +95,22 @@ void multiply_aligned_tile(const Weight& w, const Rows& rows, const Output& outp
     U32 totals[kCount] = {};
     for (const int end = g + most < w.groups ? g + most : w.groups; g < end; ++g, ++index, codes += units * 64) {
       I32 sums[kCount];
-      for (int i = 0; i < kCount; ++i) sums[i] = splat(has_constants ? 0 : starts[i][g * Planes]);
+      for (int i = 0; i < kCount; ++i) sums[i] = splat(rows.starts[index_of(i, g)]);
       if (Planes == 1 && w.zeros != nullptr) {
         const I32 zeros = (I32)widen(load<U8x16>(w.zeros + index * kLanes));
         for (int i = 0; i < kCount; ++i) sums[i] *= zeros;
       }
       dot_group<4, kCount>(codes, units, inputs, (int64_t)g * w.padded_group, sums);
-      const U32 multiples = (U32)load_int16(w.scales, index * kLanes);
-      for (int i = 0; i < kCount; ++i) totals[i] += (U32)sums[i] * multiples;
+      if constexpr (kIsShort) {
+        const I32 multiples = (I32)widen(load<U16x16>((const uint16_t*)w.scales + index * kLanes));
+        for (int i = 0; i < kCount; ++i) totals[i] = add_product(totals[i], sums[i], multiples);
+      } else {
+        const U32 multiples = (U32)load_int16(w.scales, index * kLanes);
+        for (int i = 0; i < kCount; ++i) totals[i] += (U32)sums[i] * multiples;
+      }
       if (!has_constants) continue;
-      const I32 constants = load_int16(w.offsets, index * kLanes);
-      for (int i = 0; i < kCount; ++i) totals[i] = add_product(totals[i], constants, starts[i][g * Planes]);
+      const I32 constants = load_int16(all_constants, index * kLanes);
+      for (int i = 0; i < kCount; ++i) totals[i] = add_product(totals[i], constants, rows.sums[index_of(i, g)]);
     }
     for (int i = 0; i < kCount; ++i) y[i] = y[i] + to_doubles((I32)totals[i]);
   }
@@ -119,38 +123,40 @@ void multiply_aligned_tile(const Weight& w, const Rows& rows, const Output& outp
   }
 }
 
-template <int Planes, int Units, int NumRows = 8 / Planes>
+template <Inputs Kind, int Units, int NumRows = 8 / num_planes(Kind)>
 void multiply_aligned_rows(const Weight& w, const Rows& rows, const Output& output, int tile, int64_t row) {
   for (; row + NumRows <= rows.count; row += NumRows)
-    multiply_aligned_tile<Planes, Units, NumRows>(w, rows, output, tile, row);
+    multiply_aligned_tile<Kind, Units, NumRows>(w, rows, output, tile, row);
   if constexpr (NumRows > 1)
-    if (row < rows.count) multiply_aligned_rows<Planes, Units, NumRows / 2>(w, rows, output, tile, row);
+    if (row < rows.count) multiply_aligned_rows<Kind, Units, NumRows / 2>(w, rows, output, tile, row);
 }
 
 // As many rows at once as registers hold their sums, then half as many, down to one.
-template <int Bits, int Planes, int Units, int NumRows = 8 / Planes>
+template <int Bits, Inputs Kind, int Units, int NumRows = 8 / num_planes(Kind)>
 void multiply_rows(const Weight& w, const Rows& rows, const Output& output, int tile, int64_t row) {
   for (; row + NumRows <= rows.count; row += NumRows)
-    multiply_tile<Bits, Planes, Units, NumRows>(w, rows, output, tile, row);
+    multiply_tile<Bits, Kind, Units, NumRows>(w, rows, output, tile, row);
   if constexpr (NumRows > 1)
-    if (row < rows.count) multiply_rows<Bits, Planes, Units, NumRows / 2>(w, rows, output, tile, row);
+    if (row < rows.count) multiply_rows<Bits, Kind, Units, NumRows / 2>(w, rows, output, tile, row);
 }
 
 using Kernel = void (*)(const Weight&, const Rows&, const Output&, int tile, int64_t row);
 
 Kernel choose_kernel(const Weight& w) {
+  constexpr Inputs kDynamic = kDynamicInputs, kGroup = kGroupInputs, kRow = kRowInputs;
   static constexpr Kernel kernels[2][3] = {
-      {multiply_rows<4, 1, 0>, multiply_rows<4, 2, 0>, multiply_rows<4, 3, 0>},
-      {multiply_rows<8, 1, 0>, multiply_rows<8, 2, 0>, multiply_rows<8, 3, 0>},
+      {multiply_rows<4, kDynamic, 0>, multiply_rows<4, kGroup, 0>, multiply_rows<4, kRow, 0>},
+      {multiply_rows<8, kDynamic, 0>, multiply_rows<8, kGroup, 0>, multiply_rows<8, kRow, 0>},
   };
+  static constexpr Kernel of_32[2] = {multiply_rows<4, kDynamic, 4>, multiply_rows<4, kGroup, 4>};
   static constexpr Kernel aligned[2][2] = {
-      {multiply_aligned_rows<1, 0>, multiply_aligned_rows<1, 4>},
-      {multiply_aligned_rows<3, 0>, multiply_aligned_rows<3, 4>},
+      {multiply_aligned_rows<kDynamic, 0>, multiply_aligned_rows<kDynamic, 4>},
+      {multiply_aligned_rows<kRow, 0>, multiply_aligned_rows<kRow, 4>},
   };
-  if (w.units != nullptr) return aligned[w.planes == 3][w.padded_group == 32];
-  static constexpr Kernel of_32[2] = {multiply_rows<4, 1, 4>, multiply_rows<4, 2, 4>};
-  if (w.form == kInt4 && w.padded_group == 32 && w.planes < 3) return of_32[w.planes - 1];
-  return kernels[w.form == kInt8][w.planes - 1];
+  const Inputs inputs = inputs_of(w);
+  if (w.units != nullptr) return aligned[inputs == kRow][w.padded_group == 32];
+  if (w.form == kInt4 && w.padded_group == 32 && inputs != kRow) return of_32[inputs];
+  return kernels[w.form == kInt8][inputs];
 }
 
 }  // namespace

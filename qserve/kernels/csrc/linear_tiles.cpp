@@ -4,7 +4,7 @@
 //
 // which is AMX's own layout, and then runs over all rows. Codes of 8 bits whose zero is everywhere the same stand so
 // already, but for this zero, and it is taken from the sums. The planes of a row are rows of AMX like any others:
-// 16 rows of one plane, 8 of two or 5 of three make a tile. Group sums are exact, the rest is group.h's, so the results
+// 16 rows of one plane or 8 of two make a tile. Group sums are exact, the rest is group.h's, so the results
 // are those of linear_integer.cpp bit for bit.
 #include "group.h"
 #include "linear.h"
@@ -98,8 +98,9 @@ Slab unpack(const Weight& w, int tile) {
   return slab;
 }
 
-template <int Planes, bool HasOffset>
+template <Inputs Kind, bool HasOffset>
 struct TileKernel {
+  static constexpr int Planes = num_planes(Kind);
   static constexpr int kRows = 16 / Planes;  // of the batch, in a tile
 
   const Weight& w;
@@ -144,7 +145,7 @@ struct TileKernel {
     }
     for (int r = 0; r < num_rows; ++r)
       for (int t = 0; t < 2 && tile + t < w.tiles(); ++t)
-        output.put(first_row + r, tile + t, finish_row<Planes>(y[t][r], w, rows, first_row + r, tile + t));
+        output.put(first_row + r, tile + t, finish_row<Kind>(y[t][r], w, rows, first_row + r, tile + t));
   }
 
   // Its sums are the results, but for what add_sums does to them.
@@ -160,9 +161,9 @@ struct TileKernel {
         I32 planes[Planes];
         for (int p = 0; p < Planes; ++p)
           planes[p] = plane_sum(sums + r / kRows * 512 + t * 256 + r % kRows * Planes * kLanes, row, 0, p);
-        const F32 y = add_group<Planes>(F32{}, planes, scales, input_scale<Planes>(w, rows, row, 0),
-                                        HasOffset ? rows.totals[row] : 0.0f);
-        to.put(row, tile + t, finish_row<Planes>(y, w, rows, row, tile + t));
+        const F32 y = add_group<Kind>(F32{}, planes, scales, input_scale<Kind>(w, rows, row, 0),
+                                      HasOffset ? rows.totals[row] : 0.0f);
+        to.put(row, tile + t, finish_row<Kind>(y, w, rows, row, tile + t));
       }
     }
   }
@@ -185,8 +186,8 @@ struct TileKernel {
         for (int i = 0; i < Count; ++i) {
           I32 planes[Planes];
           for (int p = 0; p < Planes; ++p) planes[p] = plane_sum(from + i * 1024, row, g + i, p);
-          total = add_group<Planes>(total, planes, scales[i], input_scale<Planes>(w, rows, row, g + i),
-                                    HasOffset ? rows.totals[row * w.groups + g + i] : 0.0f);
+          total = add_group<Kind>(total, planes, scales[i], input_scale<Kind>(w, rows, row, g + i),
+                                  HasOffset ? rows.totals[row * w.groups + g + i] : 0.0f);
         }
         y[r] = total;
       }
@@ -194,16 +195,16 @@ struct TileKernel {
   }
 };
 
-template <int Planes, bool HasOffset>
+template <Inputs Kind, bool HasOffset>
 void multiply_piece(const Weight& w, const Rows& rows, const Output& output, int tile, int64_t begin, int64_t end) {
   const Slab slab = unpack(w, tile);
-  const TileKernel<Planes, HasOffset> kernel = {w, rows, output, slab, tile, end};
+  const TileKernel<Kind, HasOffset> kernel = {w, rows, output, slab, tile, end};
   const TileScope scope(w.padded_group % 64 == 0 ? 16 : 8);
   for (int64_t row = begin; row < end; row += 2 * kernel.kRows) kernel.multiply(row);
 }
 
 bool is_for_tiles(const Weight& w, const Rows& rows) {
-  constexpr int kFewest[] = {16, 10, 6};  // rows, by planes; measured: with fewer the vector kernel is faster
+  constexpr int kFewest[] = {16, 10};  // rows, by planes; measured: with fewer the vector kernel is faster
   const bool fits = w.padded_group % 32 == 0 && (w.zeros == nullptr || w.form == kInt4);
   return fits && rows.count >= kFewest[w.planes - 1] && allow_tiles();
 }
@@ -213,10 +214,10 @@ bool is_for_tiles(const Weight& w, const Rows& rows) {
 bool multiply_integer_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team) {
   if (!is_for_tiles(w, rows)) return false;
   constexpr void (*kernels[2][3])(const Weight&, const Rows&, const Output&, int, int64_t, int64_t) = {
-      {multiply_piece<1, false>, multiply_piece<2, false>, multiply_piece<3, false>},
-      {multiply_piece<1, true>, multiply_piece<2, true>, multiply_piece<3, true>},
+      {multiply_piece<kDynamicInputs, false>, multiply_piece<kGroupInputs, false>, multiply_piece<kRowInputs, false>},
+      {multiply_piece<kDynamicInputs, true>, multiply_piece<kGroupInputs, true>, multiply_piece<kRowInputs, true>},
   };
-  const auto kernel = kernels[w.offsets != nullptr][w.planes - 1];
+  const auto kernel = kernels[w.offsets != nullptr][inputs_of(w)];
   const Blocks blocks = split_blocks(w, rows.count, team);
   team.run(blocks.count(), [&](int64_t task) {
     const int64_t block = task / blocks.tiles.count(), piece = task % blocks.tiles.count();

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "aligned.h"
 #include "normalize.h"
 
 namespace qserve {
@@ -17,6 +18,7 @@ struct Row {
   int64_t stride;  // from plane to plane
   int64_t step;    // from 64 inputs to the next
   int32_t* starts;
+  int32_t* sums;
   float* scales;
   float* totals;
   float* zero;
@@ -40,7 +42,7 @@ int32_t sum_codes(const Row& row, int plane, int64_t begin, int64_t end) {
 }
 
 int32_t start_factor(const Weight& w) {
-  if (w.units != nullptr && w.offsets != nullptr) return 1;  // times a constant, which knows the code of zero
+  if (counts_from_middle(w)) return -kMiddleCode;
   return w.zeros != nullptr ? -1 : -w.code_bias;
 }
 
@@ -48,32 +50,29 @@ int32_t start_factor(const Weight& w) {
 template <class Unit>
 void sum_groups(const Weight& w, const Row& row, const Unit& unit) {
   if (row.starts == nullptr) return;
+  const int32_t constant = w.offsets != nullptr ? 1 : kMiddleCode - w.code_bias;
   for (int g = 0; g < w.groups; ++g) {
     float total = 0;
     for (int p = 0; p < w.planes; ++p) {
       const int32_t sum = sum_codes(row, p, (int64_t)g * w.padded_group, (int64_t)(g + 1) * w.padded_group);
       row.starts[g * w.planes + p] = sum * start_factor(w);
+      if (row.sums != nullptr) row.sums[g * w.planes + p] = sum * constant & 0xffff;
       total = total * 256.0f + (float)sum;
     }
     row.totals[g] = total * unit(g);
   }
 }
 
-// Splits whole numbers into signed digits of base 256, the last plane the lowest.
-template <int Planes>
+constexpr float kMost = 127.0f * 256;  // of two signed digits of base 256
+
 QSERVE_INLINE void store_digits(int8_t* to, int64_t stride, I32 number) {
-  for (int p = Planes - 1; p > 0; --p) {
-    const I32 digit = ((number + 128) & 255) - 128;
-    store_codes(to + p * stride, digit);
-    number = (number - digit) >> 8;
-  }
-  store_codes(to, number);
+  store_codes(to, (number + 128) >> 8);
+  store_codes(to + stride, number);  // modulo 256
 }
 
-// The scale of a group's 16-bit inputs: the power of two that its largest needs. So input times scale is exact wherever
-// the scale is multiplied in.
+// The scale of a group's inputs: the power of two that its largest needs. So input times scale is exact wherever the
+// scale is multiplied in.
 float choose_scale(float most) {
-  constexpr float kMost = 127.0f * 256;
   if (most < kNothing) return 0.0f;
   int exponent;
   std::frexp(most / kMost, &exponent);
@@ -81,11 +80,10 @@ float choose_scale(float most) {
 }
 
 // Sixteen at a time, so what is written past `count` belongs to the next group, which is written later.
-template <int Planes>
 void quantize_exact(const float* x, int64_t begin, int64_t count, float factor, const Row& row) {
   for (int64_t i = 0; i < count; i += kLanes)
-    store_digits<Planes>(row.at(begin + i), row.stride,
-                         round_to_int(load_some(x + begin + i, (int)(count - i)) * splat(factor)));
+    store_digits(row.at(begin + i), row.stride,
+                 round_to_int(load_some(x + begin + i, (int)(count - i)) * splat(factor)));
 }
 
 void quantize_groups(const float* x, const Weight& w, const Row& row) {
@@ -93,16 +91,15 @@ void quantize_groups(const float* x, const Weight& w, const Row& row) {
     const int64_t at = (int64_t)g * w.padded_group;
     const float scale = choose_scale(largest_magnitude(x + at, w.padded_group));
     row.scales[g] = scale;
-    quantize_exact<2>(x, at, w.padded_group, scale > 0 ? 1.0f / scale : 0.0f, row);
+    quantize_exact(x, at, w.padded_group, scale > 0 ? 1.0f / scale : 0.0f, row);
   }
   sum_groups(w, row, [&](int g) { return row.scales[g]; });
 }
 
-void quantize_long(const float* x, const Weight& w, const Row& row) {
-  constexpr float kMost = 127.0f * 65536;
+void quantize_row(const float* x, const Weight& w, const Row& row) {
   const float most = largest_magnitude(x, w.padded_features());
   row.scales[0] = most / kMost;
-  quantize_exact<3>(x, 0, w.padded_features(), most > kNothing ? kMost / most : 0.0f, row);
+  quantize_exact(x, 0, w.padded_features(), most > kNothing ? kMost / most : 0.0f, row);
   sum_groups(w, row, [](int) { return 1.0f; });
 }
 
@@ -150,7 +147,7 @@ void quantize_symmetric(const float* x, const Weight& w, const Row& row) {
 void quantize(const float* x, const Weight& w, const Row& row) {
   if (w.activation == kAsymmetric) return quantize_asymmetric(x, w, row);
   if (w.activation == kSymmetric) return quantize_symmetric(x, w, row);
-  return w.planes == 2 ? quantize_groups(x, w, row) : quantize_long(x, w, row);
+  return w.has_group_inputs() ? quantize_groups(x, w, row) : quantize_row(x, w, row);
 }
 
 // x as the sum of two bfloat16 numbers, 16 of its 24 bits; one is enough for what was float8.
@@ -202,21 +199,22 @@ struct Place {
 };
 
 Place place_of(const Rows& rows, const Weight& w, int64_t row) {
-  constexpr int64_t kStep = PlaneTiles::kStep, kTileBytes = PlaneTiles::kTileBytes, kFew = PlaneTiles::kFewRows;
+  constexpr int64_t kStep = PlaneTiles::kStep, kTileBytes = PlaneTiles::kTileBytes;
   if (!rows.is_tiled) return {row * rows.planes * rows.stride, rows.stride, kStep};
   const int64_t r = row % PlaneTiles::kRows, block = PlaneTiles::place(w, row - r);
   const int tiles = PlaneTiles::count(rows.count - (row - r));
-  if (tiles == 3) return {block + r * kStep, kTileBytes, 3 * kTileBytes};
-  return {block + r / kFew * kTileBytes + r % kFew * 3 * kStep, kStep, tiles * kTileBytes};
+  if (tiles == 2) return {block + r * kStep, kTileBytes, 2 * kTileBytes};
+  return {block + r * 2 * kStep, kStep, kTileBytes};
 }
 
 Row row_of(const Rows& rows, const Weight& w, int64_t row) {
-  const int64_t scales = w.planes == 2 ? w.groups : 1;
+  const int64_t scales = w.has_group_inputs() ? w.groups : 1, sums = row * w.groups * w.planes;
   const Place place = place_of(rows, w, row);
   return {(int8_t*)rows.codes + place.begin,
           place.stride,
           place.step,
-          rows.starts == nullptr ? nullptr : (int32_t*)rows.starts + row * w.groups * w.planes,
+          rows.starts == nullptr ? nullptr : (int32_t*)rows.starts + sums,
+          rows.sums == nullptr ? nullptr : (int32_t*)rows.sums + sums,
           (float*)rows.scales + row * scales,
           (float*)rows.totals + row * w.groups,
           (float*)rows.zeros + row};
@@ -240,8 +238,12 @@ Rows take_rows(const Weight& w, int count, Scratch& scratch) {
   rows.stride = stride_of(w, 1);
   rows.codes = scratch.take<int8_t>(plane_rows * rows.stride);
   rows.is_tiled = uses_exact_tiles(w, count);
-  if (!uses_aligned_tiles(w, count) && !(rows.is_tiled && w.units != nullptr)) rows.starts = scratch.take<int32_t>((int64_t)count * w.groups * w.planes);
-  rows.scales = scratch.take<float>((int64_t)count * (w.planes == 2 ? w.groups : 1));
+  const int64_t sums = (int64_t)count * w.groups * w.planes;
+  if (!uses_aligned_tiles(w, count) && !(rows.is_tiled && w.units != nullptr)) {
+    rows.starts = scratch.take<int32_t>(sums);
+    if (counts_from_middle(w)) rows.sums = scratch.take<int32_t>(sums);
+  }
+  rows.scales = scratch.take<float>((int64_t)count * (w.has_group_inputs() ? w.groups : 1));
   rows.totals = scratch.take<float>((int64_t)(count + 16) * w.groups);
   rows.zeros = scratch.take<float>(count);
   return rows;

@@ -34,6 +34,12 @@ struct Weight {
 
   int tiles() const { return (out_features + 15) / 16; }
   int padded_features() const { return padded_group * groups; }
+
+  // Whether exact inputs have a scale for each group: then sums of both planes fit in 32 bits together.
+  bool has_group_inputs() const {
+    constexpr int kLongest = 256;
+    return planes == 2 && units == nullptr && groups > 1 && group_size <= kLongest;
+  }
 };
 
 struct Linear {

@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _measure(model: Model, arguments: argparse.Namespace) -> Figures:
     with ServerProcess(server_arguments(model, arguments)) as process:
-        process.wait_until_ready(interval=0.01)
+        process.wait_until_ready()
         first, kept = asyncio.run(_first_token(process.url))
         process.wait_until_at_rest()
         memory = process.read_memory()

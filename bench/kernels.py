@@ -32,9 +32,9 @@ from qserve.quant.weight import ActivationQuantization, QuantizedWeight, Weight
 SHAPES = "960x576,576x576,3072x576,576x1536,49152x576,2048x2048,16384x2048,2048x8192"
 ROWS = "1,4,16,64,256"
 ROUNDS = 15
-SECONDS_A_CASE = 1.5
-CALLS_A_TURN = 4
-PAUSE = 0.005  # seconds, in which OpenMP's waiting threads go to sleep
+SECONDS_A_CASE = 2.0
+PAUSE = 0.02  # seconds, after which another library's threads have stopped to wait for work
+TURN = 0.01  # seconds of calls: after a pause it can take 3 ms until a thread runs again
 
 Call = Callable[[], object]
 
@@ -202,7 +202,7 @@ def _torchao_way(kind: Kind, values: Tensor, out_features: int, in_features: int
 def time_calls(calls: Mapping[str, Call]) -> dict[str, float]:
     """The best of many rounds, all ways in turn; the slow ones are called less often.
 
-    A way's turn is a few calls one after the other, after a pause: threads of another library, which spin for a while
+    A way's turn is some calls one after the other, after a pause: threads of another library, which spin for a while
     after their last call, would else hold the cores that this one's need.
     """
     best: dict[str, float] = {}
@@ -214,8 +214,16 @@ def time_calls(calls: Mapping[str, Call]) -> dict[str, float]:
             if number >= 3 and best[name] > 20 * best["qserve"] and number % 10:
                 continue
             time.sleep(PAUSE)
-            best[name] = min(best.get(name, math.inf), *(_time_us(call) for _ in range(CALLS_A_TURN)))
+            best[name] = min(best.get(name, math.inf), *_take_turn(call))
     return best
+
+
+def _take_turn(call: Call) -> Iterator[float]:
+    """Microseconds of each call."""
+    end = time.perf_counter() + TURN
+    yield _time_us(call)
+    while time.perf_counter() < end:
+        yield _time_us(call)
 
 
 def _time_us(call: Call) -> float:

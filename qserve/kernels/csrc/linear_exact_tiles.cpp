@@ -279,7 +279,7 @@ Multiply choose_multiply(const Weight& w) {
 }  // namespace
 
 bool uses_exact_tiles(const Weight& w, int num_rows) {
-  constexpr int kFewest = 3, kFewestOfCodes = 2;  // measured: with fewer the vector kernel is faster
+  constexpr int kFewest = 5, kFewestOfCodes = 2;  // measured: with fewer the vector kernel is faster
   if (w.planes != kPlanes || !allow_tiles()) return false;
   if (w.units != nullptr) return num_rows >= kFewest;
   return w.form == kInt8 && w.groups == 1 && w.zeros == nullptr && num_rows >= kFewestOfCodes;

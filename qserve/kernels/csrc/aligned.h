@@ -65,28 +65,39 @@ QSERVE_INLINE Doubles operator+(Doubles x, Doubles y) { return {x.low + y.low, x
 QSERVE_INLINE Doubles operator-(Doubles x, Doubles y) { return {x.low - y.low, x.high - y.high}; }
 
 // From the exact sum over all groups to the result of 16 channels: exact too, up to one rounding to float32 and that of
-// the input's scale. A sum is in whole numbers of 32 bits, modulo 2^32, where the weight is narrow, else in double.
+// the input's scale. `fix` is what a channel gives for an input whose code is 1 everywhere.
+QSERVE_INLINE I32 load_fix(const Weight& w, int tile) {
+  return w.fix == nullptr ? I32{} : load<I32>((const int32_t*)w.fix + tile * kLanes);
+}
+
 class AlignedFinish {
  public:
-  AlignedFinish(const Weight& w, int tile) : unit_(load<F32>(w.units + tile * kLanes)), fix_{} {
-    if (w.fix != nullptr) fix_ = load<I32>((const int32_t*)w.fix + tile * kLanes);
-  }
+  AlignedFinish(const Weight& w, int tile) : unit_(load<F32>(w.units + tile * kLanes)), fix_(to_doubles(load_fix(w, tile))) {}
 
-  QSERVE_INLINE F32 operator()(Doubles total, float scale) const { return finish(to_float(total), scale); }
-
-  QSERVE_INLINE F32 operator()(U32 total, float scale, float zero) const {
-    return finish(to_float((I32)(total - (U32)fix_ * (U32)round_to_int(splat(zero)))), scale);
-  }
-
-  QSERVE_INLINE F32 operator()(Doubles total, float scale, float zero) const {
-    return finish(to_float(total - to_doubles(fix_) * (double)zero), scale);
+  QSERVE_INLINE F32 operator()(Doubles total, float scale) const { return splat(scale) * (unit_ * to_float(total)); }
+  QSERVE_INLINE F32 operator()(Doubles total, float scale, int32_t zero) const {
+    return (*this)(total - fix_ * (double)zero, scale);
   }
 
  private:
-  QSERVE_INLINE F32 finish(F32 total, float scale) const { return splat(scale) * (unit_ * total); }
-
   F32 unit_;
-  I32 fix_;
+  Doubles fix_;
+};
+
+// The same of a narrow weight, whose sums are whole numbers of 32 bits, modulo 2^32.
+class NarrowFinish {
+ public:
+  NarrowFinish() = default;
+  NarrowFinish(const Weight& w, int tile)
+      : unit_(load<F32>(w.units + tile * kLanes)), minus_fix_(split_factor(-load_fix(w, tile))) {}
+
+  QSERVE_INLINE F32 operator()(U32 total, float scale, int32_t zero) const {
+    return splat(scale) * (unit_ * to_float((I32)add_split_product(total, minus_fix_, zero)));
+  }
+
+ private:
+  F32 unit_;
+  I32 minus_fix_;  // below 2^23: 128 times it, and what a channel's weights add up to, is below 2^31
 };
 
 }  // namespace qserve

@@ -22,7 +22,6 @@ namespace qserve {
 constexpr int kPart = 128, kSteps = kPart / kStep;
 constexpr int kQueries = 16;        // computed together: as many as a tile has rows
 constexpr float kNothing = -1e30f;  // a maximum over no position
-constexpr float kLog2E = 1.44269504f;
 
 // Runs body(std::integral_constant<int, count>()), of four at most.
 template <class Body>
@@ -154,23 +153,6 @@ void clear(const States& states, int64_t count, int64_t padded_dim);
 // Takes later positions into a total. Where one of the two has seen nothing, the other comes out as it was.
 void merge(const States& total, const States& part, int64_t count, int64_t padded_dim);
 void finish(const Layout& layout, const Task& task, int kv_head, const States& states);
-
-// 2^x to about one unit in the last place, 0 far below; 2^0 is exactly 1. The polynomial, of least relative error on
-// [-1/2, 1/2] and 1 at 0, was fitted by weighted least squares: within 1e-7.
-QSERVE_INLINE F32 power_of_two(F32 x) {
-  constexpr float kTerms[] = {9.67151e-3f, 5.550734e-2f, 2.4022242e-1f, 6.9314698e-1f, 1.0f};
-  F32 p = splat(1.32647e-3f);
-#if defined(__AVX512F__)
-  const F32 whole = x + splat(0x1.8p23f) - splat(0x1.8p23f);  // where that loses x it is below -2^22, and 2^x is 0
-  for (float c : kTerms) p = fused(p, x - whole, splat(c));
-  return (F32)_mm512_scalef_ps((__m512)p, (__m512)whole);
-#else
-  const F32 clamped = largest(x, splat(-127.0f));
-  const I32 whole = round_to_int(clamped);
-  for (float c : kTerms) p = fused(p, clamped - to_float(whole), splat(c));
-  return x < splat(-126.0f) ? F32{} : (F32)((I32)p + (whole << 23));
-#endif
-}
 
 // From a product of query and key to the exponent of its weight: a factor that the query takes with it, then the cap.
 struct Scale {

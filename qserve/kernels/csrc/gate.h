@@ -15,8 +15,13 @@ QSERVE_INLINE F32 error_function(F32 x) {
   return (F32)((U32)y | ((U32)x & 0x80000000u));
 }
 
+// x / (1 + e^-x); below -87 what is left of it is of no account.
+QSERVE_INLINE F32 silu(F32 x) {
+  return x * reciprocal(splat(1.0f) + power_of_two(smallest(x * splat(-kLog2E), splat(126.0f))));
+}
+
 QSERVE_INLINE F32 activate(int32_t gate, F32 x) {
-  if (gate == kSilu) return x / (splat(1.0f) + exponential(-x));
+  if (gate == kSilu) return silu(x);
   if (gate == kRelu) return largest(x, F32{});
   const F32 half = splat(0.5f) * x;
   if (gate == kGelu) return half * (splat(1.0f) + error_function(x * splat(0.70710678f)));

@@ -49,7 +49,7 @@ QSERVE_INLINE F32 add_group(F32 y, const I32* sums, const GroupScales& group, fl
 template <Inputs Kind>
 QSERVE_INLINE F32 finish_row(F32 y, const Weight& w, const Rows& rows, int64_t row, int tile) {
   if constexpr (Kind == kGroupInputs) return y;
-  if (w.fix != nullptr) y -= splat(rows.zeros[row]) * load<F32>((const float*)w.fix + tile * kLanes);
+  if (w.fix != nullptr) y -= splat((float)rows.zeros[row]) * load<F32>((const float*)w.fix + tile * kLanes);
   return splat(rows.scales[row]) * y;
 }
 

@@ -42,8 +42,6 @@ QSERVE_INLINE F32 splat(float x) { return F32{x, x, x, x, x, x, x, x, x, x, x, x
 QSERVE_INLINE I32 splat(int32_t x) { return I32{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 QSERVE_INLINE F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
 QSERVE_INLINE F32 bits_to_float(U32 x) { return (F32)x; }
-QSERVE_INLINE F32 largest(F32 a, F32 b) { return a > b ? a : b; }
-QSERVE_INLINE F32 smallest(F32 a, F32 b) { return a < b ? a : b; }
 QSERVE_INLINE F32 magnitude(F32 x) { return (F32)((U32)x & 0x7fffffffu); }
 
 // The first `count` lanes; the others are zero.
@@ -110,6 +108,19 @@ QSERVE_INLINE float max_size(F32 sizes) {
   memcpy(&size, &most, sizeof size);
   return size;
 }
+
+// The larger and the smaller one, b where either is a NaN; from `a > b ? a : b` GCC makes two instructions.
+#if defined(__AVX512F__)
+
+QSERVE_INLINE F32 largest(F32 a, F32 b) { return (F32)_mm512_max_ps((__m512)a, (__m512)b); }
+QSERVE_INLINE F32 smallest(F32 a, F32 b) { return (F32)_mm512_min_ps((__m512)a, (__m512)b); }
+
+#else
+
+QSERVE_INLINE F32 largest(F32 a, F32 b) { return a > b ? a : b; }
+QSERVE_INLINE F32 smallest(F32 a, F32 b) { return a < b ? a : b; }
+
+#endif
 
 #if defined(__AVX512F__)
 
@@ -202,6 +213,30 @@ QSERVE_INLINE U32 add_product(U32 sums, I32 x, I32 y) {
   return (U32)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)x, (__m512i)y);
 #else
   return sums + (U32)x * (U32)(y << 16 >> 16);
+#endif
+}
+
+// The same for an x of 24 bits and a y of 8. VNNI multiplies 16 bits by 16 and adds two such products: x is split for it.
+#if defined(__AVX512VNNI__)
+
+QSERVE_INLINE I32 split_factor(I32 x) { return (x >> 8) << 16 | (x & 255); }
+QSERVE_INLINE U32 add_split_product(U32 sums, I32 x, int32_t y) {
+  return (U32)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)x, _mm512_set1_epi32((y & 0xffff) | y << 24));
+}
+
+#else
+
+QSERVE_INLINE I32 split_factor(I32 x) { return x; }
+QSERVE_INLINE U32 add_split_product(U32 sums, I32 x, int32_t y) { return sums + (U32)x * (uint32_t)y; }
+
+#endif
+
+// x * 256. Beside AMX, shifts have one port of the processor with all multiplications; bytes are moved on another.
+QSERVE_INLINE U32 shift_byte(U32 x) {
+#if defined(__AVX512BW__)
+  return (U32)_mm512_shuffle_epi8((__m512i)x, _mm512_set4_epi32(0x0e0d0c80, 0x0a090880, 0x06050480, 0x02010080));
+#else
+  return x << 8;
 #endif
 }
 
@@ -320,6 +355,35 @@ QSERVE_INLINE F32 exponential(F32 x) {
   for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fused(p, r, splat(c));
   const F32 y = (F32)((I32)p + (n << 23));
   return x < splat(-87.0f) ? F32{} : y;
+}
+
+constexpr float kLog2E = 1.44269504f;
+
+// 2^x to about one unit in the last place, 0 far below; 2^0 is exactly 1. The polynomial, of least relative error on
+// [-1/2, 1/2] and 1 at 0, was fitted by weighted least squares: within 1e-7.
+QSERVE_INLINE F32 power_of_two(F32 x) {
+  constexpr float kTerms[] = {9.67151e-3f, 5.550734e-2f, 2.4022242e-1f, 6.9314698e-1f, 1.0f};
+  F32 p = splat(1.32647e-3f);
+#if defined(__AVX512F__)
+  const F32 whole = x + splat(0x1.8p23f) - splat(0x1.8p23f);  // where that loses x it is below -2^22, and 2^x is 0
+  for (float c : kTerms) p = fused(p, x - whole, splat(c));
+  return (F32)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
+  const F32 clamped = largest(x, splat(-127.0f));
+  const I32 whole = round_to_int(clamped);
+  for (float c : kTerms) p = fused(p, clamped - to_float(whole), splat(c));
+  return x < splat(-126.0f) ? F32{} : (F32)((I32)p + (whole << 23));
+#endif
+}
+
+// 1 / x to about one unit in the last place, where neither is subnormal.
+QSERVE_INLINE F32 reciprocal(F32 x) {
+#if defined(__AVX512F__)
+  const F32 near = (F32)_mm512_rcp14_ps((__m512)x);
+  return near * fused(-x, near, splat(2.0f));
+#else
+  return splat(1.0f) / x;
+#endif
 }
 
 QSERVE_INLINE F32 tanh_lanes(F32 x) {

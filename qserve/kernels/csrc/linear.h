@@ -48,9 +48,9 @@ struct Output {
     }
   }
 
- private:
   bool is_plain() const { return bias == nullptr && scale == 1.0f && soft_cap == 0.0f; }
 
+ private:
   F32 adjust(int tile, F32 y) const {
     if (bias != nullptr) y += load_some(bias + column + tile * kLanes, channels - tile * kLanes);
     y *= splat(scale);
@@ -61,6 +61,47 @@ struct Output {
     float* to = data + row * stride + tile / 2 * kLanes;
     store(to, tile % 2 == 0 ? y : activate(gate, load<F32>(to)) * y);
   }
+};
+
+// A tile of channels of an output: what is to be done to its results, asked once for all rows.
+class OutputTile {
+ public:
+  OutputTile() = default;
+  QSERVE_INLINE OutputTile(const Output& output, int tile)
+      : output_(&output), tile_(tile), way_(choose(output, tile)), stride_(output.stride) {
+    const int64_t channel = output.column + (output.gate == kNoGate ? tile : tile / 2) * kLanes;
+    data_ = output.data + channel;
+    if (way_ == kAdd) residual_ = output.residual + channel;
+  }
+
+  QSERVE_INLINE void put(int64_t row, F32 y) const {
+    if (way_ == kOther) return put_other(*output_, tile_, row, y);
+    float* to = data_ + row * stride_;
+    if (way_ == kAdd) y = load<F32>(residual_ + row * stride_) + y;
+    if (way_ == kSiluTimes) y = silu(load<F32>(to)) * y;
+    store(to, y);
+  }
+
+ private:
+  enum Way { kStore, kAdd, kSiluTimes, kOther };
+
+  static QSERVE_INLINE Way choose(const Output& output, int tile) {
+    if (!output.is_plain() || output.channels < (tile + 1) * kLanes) return kOther;
+    if (output.gate == kNoGate) return output.residual == nullptr ? kStore : kAdd;
+    if (tile % 2 == 0) return kStore;
+    return output.gate == kSilu ? kSiluTimes : kOther;
+  }
+
+  static __attribute__((noinline)) void put_other(const Output& output, int tile, int64_t row, F32 y) {
+    output.put(row, tile, y);
+  }
+
+  const Output* output_ = nullptr;
+  int tile_ = 0;
+  Way way_ = kOther;
+  int64_t stride_ = 0;
+  float* data_ = nullptr;
+  const float* residual_ = nullptr;
 };
 
 // Blocks of rows whose inputs, `row_bytes` each, stay in a core's second cache while all tiles of channels pass by;

@@ -23,45 +23,48 @@ constexpr int kBlockRows = 32;  // two tiles
 
 constexpr int kRowSums = 2 * kLanes;  // of a row: sums of high digits, then those of low ones
 
-// Results of up to 32 rows and 16 channels that wait in `sums`, (row, digit, 16).
+// Not inline: its numbers would take the registers of what it stands amidst.
+__attribute__((noinline)) void put_wide(const Weight& w, const Rows& rows, const Output& output, const int32_t* sums,
+                                        int tile, int64_t row) {
+  const AlignedFinish finish(w, tile);
+  const Doubles total = to_doubles(load<I32>(sums)) * 256.0 + to_doubles(load<I32>(sums + kLanes));
+  output.put(row, tile, finish(total, rows.scales[row], rows.zeros[row]));
+}
+
+// Results of up to 32 rows and 16 channels that wait in `sums`, (row, digit, 16). Two rows at a time between products of
+// tiles cost little more than those alone; many at a time cost what they cost without them.
 class Results {
  public:
   Results(const Weight& w, const Rows& rows, const Output& output) : w_(w), rows_(rows), output_(output) {}
 
-  void set(const int32_t* sums, int64_t tile, int64_t begin, int64_t end) {
+  QSERVE_INLINE void set(const int32_t* sums, int64_t tile, int64_t begin, int64_t end) {
     sums_ = sums, tile_ = (int)tile, row_ = begin, end_ = end;
+    finish_ = NarrowFinish(w_, tile_);
+    place_ = OutputTile(output_, tile_);
+    scales_ = rows_.scales, zeros_ = rows_.zeros, is_narrow_ = w_.is_narrow;
   }
 
   QSERVE_INLINE void put(int64_t most) {
-    if (row_ < end_) w_.is_narrow ? put_rows<true>(most) : put_rows<false>(most);
+    for (; most > 0 && row_ < end_; --most, ++row_, sums_ += kRowSums) {
+      if (!is_narrow_) {
+        put_wide(w_, rows_, output_, sums_, tile_, row_);
+        continue;
+      }
+      const U32 total = shift_byte(load<U32>(sums_)) + load<U32>(sums_ + kLanes);
+      place_.put(row_, finish_(total, scales_[row_], zeros_[row_]));
+    }
   }
 
  private:
-  template <bool IsNarrow>
-  static QSERVE_INLINE auto total(const int32_t* high) {
-    if constexpr (IsNarrow) return (load<U32>(high) << 8) + load<U32>(high + kLanes);
-    if constexpr (!IsNarrow) return to_doubles(load<I32>(high)) * 256.0 + to_doubles(load<I32>(high + kLanes));
-  }
-
-  // Not inline: its numbers would take the registers of what it stands amidst.
-  template <bool IsNarrow>
-  __attribute__((noinline)) void put_rows(int64_t most) {
-    const int64_t count = std::min(most, end_ - row_);
-    const AlignedFinish finish(w_, tile_);
-    const float *scales = rows_.scales + row_, *zeros = rows_.zeros + row_;
-    const int32_t* sums = sums_;
-    output_.put_rows(row_, count, tile_, [=](int64_t i) {
-      return finish(total<IsNarrow>(sums + i * kRowSums), scales[i], zeros[i]);
-    });
-    row_ += count;
-    sums_ += count * kRowSums;
-  }
-
   const Weight& w_;
   const Rows& rows_;
   const Output& output_;
-  const int32_t* sums_ = nullptr;
+  NarrowFinish finish_;
+  OutputTile place_;
+  const float* scales_ = nullptr;
+  const int32_t *sums_ = nullptr, *zeros_ = nullptr;
   int tile_ = 0;
+  bool is_narrow_ = false;
   int64_t row_ = 0, end_ = 0;
 };
 
@@ -118,7 +121,7 @@ void multiply_few(const Weight& w, const Rows& rows, const Output& output, Range
   scratch.reset();
   int8_t* ring = scratch.take<int8_t>(kRing * kStepBytes);
   int32_t* sums = scratch.take<int32_t>(kBlockRows * kRowSums);
-  const int64_t steps = w.padded_features() / kStep, some_rows = share_out(kBlockRows, steps);
+  const int64_t steps = w.padded_features() / kStep, some_rows = share_out(kBlockRows, 2 * steps);
   Results results(w, rows, output);
   int64_t next_tile = tiles.begin, next_step = 0, turn = 0;  // of what is unpacked next; turn: of the ring
   const auto unpack_half = [&](int half) {
@@ -135,6 +138,7 @@ void multiply_few(const Weight& w, const Rows& rows, const Output& output, Range
       const int8_t* inputs = rows.codes + step * kStep;
       multiply_upper<false>(inputs, rows.stride, ring + ((turn - kAhead) % kRing) * kStepBytes);
       unpack_half(0);
+      results.put(some_rows);
       if (rows.count > 16) multiply_lower<false>(inputs, rows.stride);
       unpack_half(1);
       results.put(some_rows);
@@ -160,7 +164,7 @@ void multiply_many(const Weight& w, const Rows& rows, const Output& output, Rang
   Results results(w, rows, output);
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile)
     for (int64_t first = 0; first < steps; first += size) {
-      const int64_t count = std::min(size, steps - first), some_rows = share_out(kBlockRows, count);
+      const int64_t count = std::min(size, steps - first), some_rows = share_out(kBlockRows, 2 * count);
       for (int64_t step = 0; step < count; ++step)
         for (int half = 0; half < 2; ++half) Unpack::half(w, tile, first + step, half, slab + step * kStepBytes);
       for (int64_t row = block.begin; row < block.end; row += kBlockRows) {
@@ -170,6 +174,7 @@ void multiply_many(const Weight& w, const Rows& rows, const Output& output, Rang
         const int8_t* inputs = rows.codes + row * rows.stride + first * kStep;
         for (int64_t step = 0; step < count; ++step, inputs += kStep) {
           multiply_upper<IsCut>(inputs, rows.stride, slab + step * kStepBytes);
+          results.put(some_rows);
           if (block.end - row > 16) multiply_lower<IsCut>(inputs, rows.stride);
           results.put(some_rows);
         }

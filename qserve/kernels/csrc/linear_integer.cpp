@@ -130,7 +130,7 @@ void multiply_aligned_tile(const Weight& w, const Rows& rows, const Output& outp
     const int64_t row = first_row + r;
     Doubles total = y[r * Planes];
     for (int p = 1; p < Planes; ++p) total = total * 256.0 + y[r * Planes + p];
-    output.put(row, tile, finish(total, rows.scales[row], Planes == 1 ? rows.zeros[row] : 0.0f));
+    output.put(row, tile, finish(total, rows.scales[row], Planes == 1 ? rows.zeros[row] : 0));
   }
 }
 

@@ -21,7 +21,7 @@ struct Row {
   int32_t* sums;
   float* scales;
   float* totals;
-  float* zero;
+  int32_t* zero;
 
   QSERVE_INLINE int8_t* at(int64_t input) const { return codes + input / PlaneTiles::kStep * step + input % PlaneTiles::kStep; }
 };
@@ -103,9 +103,9 @@ void quantize_row(const float* x, const Weight& w, const Row& row) {
   sum_groups(w, row, [](int) { return 1.0f; });
 }
 
-void quantize_int8(const float* x, const Weight& w, const Row& row, float scale, float zero) {
+void quantize_int8(const float* x, const Weight& w, const Row& row, float scale, int32_t zero) {
   const F32 inverse = splat(1.0f / scale);
-  const I32 shift = splat((int32_t)zero);
+  const I32 shift = splat(zero);
   const int64_t features = w.padded_features();
   for (int64_t i = 0; i < features; i += kLanes) {
     const I32 q = round_to_int(load_some(x + i, (int)(features - i)) * inverse) + shift;
@@ -133,14 +133,14 @@ void quantize_asymmetric(const float* x, const Weight& w, const Row& row) {
   const float least = -max_lanes(-smallest(low[0], low[1])), most = max_lanes(largest(high[0], high[1]));
   const float scale = std::fmax((most - least) / 255.0f, kTiny);
   const float zero = std::fmin(std::fmax(-128.0f - std::nearbyintf(least / scale), -128.0f), 127.0f);
-  quantize_int8(x, w, row, scale, zero);
+  quantize_int8(x, w, row, scale, (int32_t)zero);
   clear_padding(w, row.codes);
   sum_groups(w, row, [](int) { return 1.0f; });
 }
 
 void quantize_symmetric(const float* x, const Weight& w, const Row& row) {
   const float scale = std::fmax(largest_magnitude(x, w.padded_features()) / 127.5f, kEpsilon);
-  quantize_int8(x, w, row, scale, 0.0f);
+  quantize_int8(x, w, row, scale, 0);
   sum_groups(w, row, [](int) { return 1.0f; });
 }
 
@@ -217,7 +217,7 @@ Row row_of(const Rows& rows, const Weight& w, int64_t row) {
           rows.sums == nullptr ? nullptr : (int32_t*)rows.sums + sums,
           (float*)rows.scales + row * scales,
           (float*)rows.totals + row * w.groups,
-          (float*)rows.zeros + row};
+          (int32_t*)rows.zeros + row};
 }
 
 // A cache line more than the inputs need: rows a power of two apart would fight for the same few places of the cache.
@@ -245,7 +245,7 @@ Rows take_rows(const Weight& w, int count, Scratch& scratch) {
   }
   rows.scales = scratch.take<float>((int64_t)count * (w.has_group_inputs() ? w.groups : 1));
   rows.totals = scratch.take<float>((int64_t)(count + 16) * w.groups);
-  rows.zeros = scratch.take<float>(count);
+  rows.zeros = scratch.take<int32_t>(count);
   return rows;
 }
 

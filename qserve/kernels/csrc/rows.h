@@ -25,7 +25,7 @@ struct Rows {
   const int32_t* sums;   // (count, groups, planes): the lower 16 bits of that sum times what constants count in; or null
   const float* scales;   // (count, groups) where groups have their own, else (count,)
   const float* totals;   // (count, groups): sums of inputs, in the units of the accumulator; for offsets
-  const float* zeros;    // (count,)
+  const int32_t* zeros;  // (count,)
   const uint16_t* halves;  // (count, planes, stride), bfloat16
   const float* values;     // (count, stride)
 };

@@ -83,25 +83,35 @@ class Symmetric {  // where it is 8: the upper four bits of a number can be its 
   Words multiples_;
 };
 
-// Unpacks half a step of one tile of channels to (digit, input / 4, channel, input % 4), the high digit first. Groups are
-// whole multiples of Inputs.
+// Unpacks tiles of channels from one on, half a step of 32 inputs after the other, as they follow each other in memory:
+// to (digit, input / 4, channel, input % 4), the high digit first. Groups are whole multiples of Inputs.
 template <class Numbers, int Inputs>
-struct Unpack {
-  static QSERVE_INLINE void half(const Weight& w, int64_t tile, int64_t step, int half, int8_t* to) {
+class Unpacker {
+ public:
+  Unpacker(const Weight& w, int64_t tile)
+      : w_(&w), codes_(w.codes + tile * w.padded_features() * 8), group_(tile * w.groups), runs_(w.padded_group / Inputs) {}
+
+  // Which half of its step comes next is the caller's to know.
+  QSERVE_INLINE void operator()(int half, int8_t* step) {
     constexpr int kUnits = 4, kRun = Inputs / 8, kAhead = 4096;  // the last in bytes
-    const uint32_t run = (uint32_t)(step * 2 + half) * (kUnits / kRun), runs_a_group = (uint32_t)w.padded_group / Inputs;
-    const uint8_t* codes = w.codes + ((tile * w.padded_features() / 8) + (step * 2 + half) * kUnits) * 64;
-    to += half * kUnits * 128;
+    int8_t* to = step + half * kUnits * 128;
 #pragma GCC unroll 4
     for (int unit = 0; unit < kUnits; unit += kRun) {
-      const Numbers numbers(w, tile * w.groups + (run + unit / kRun) / runs_a_group);
+      const Numbers numbers(*w_, group_);
+      if (++run_ == runs_) run_ = 0, ++group_;
 #pragma GCC unroll 4
-      for (int i = unit; i < unit + kRun; ++i) {
-        __builtin_prefetch(codes + i * 64 + kAhead);
-        numbers.unpack(load<Words>(codes + i * 64), to + i * 128);
+      for (int i = unit; i < unit + kRun; ++i, codes_ += 64) {
+        __builtin_prefetch(codes_ + kAhead);
+        numbers.unpack(load<Words>(codes_), to + i * 128);
       }
     }
   }
+
+ private:
+  const Weight* w_;
+  const uint8_t* codes_;
+  int64_t group_;
+  int run_ = 0, runs_;  // of Inputs each, in a group
 };
 
 #endif

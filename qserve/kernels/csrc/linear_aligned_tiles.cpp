@@ -114,7 +114,7 @@ int64_t share_out(int64_t count, int64_t among) { return (count + among - 1) / a
 
 // Up to 32 rows: unpacking takes longer than the products. A step of weights is unpacked some steps before its turn, into
 // a ring that stays in the first cache.
-template <class Unpack>
+template <class Unpacker>
 void multiply_few(const Weight& w, const Rows& rows, const Output& output, Range tiles) {
   constexpr int kAhead = 3, kRing = 4;
   Scratch& scratch = thread_scratch();
@@ -123,24 +123,23 @@ void multiply_few(const Weight& w, const Rows& rows, const Output& output, Range
   int32_t* sums = scratch.take<int32_t>(kBlockRows * kRowSums);
   const int64_t steps = w.padded_features() / kStep, some_rows = share_out(kBlockRows, 2 * steps);
   Results results(w, rows, output);
-  int64_t next_tile = tiles.begin, next_step = 0, turn = 0;  // of what is unpacked next; turn: of the ring
-  const auto unpack_half = [&](int half) {
-    if (next_tile < tiles.end) Unpack::half(w, next_tile, next_step, half, ring + (turn % kRing) * kStepBytes);
+  Unpacker unpack(w, tiles.begin);
+  const int64_t total = (tiles.end - tiles.begin) * steps;
+  const auto place = [&](int64_t step) { return ring + (uint64_t)step % kRing * kStepBytes; };
+  const auto unpack_half = [&](int half, int64_t step) {
+    if (step < total) unpack(half, place(step));
   };
-  const auto go_on = [&] {
-    ++turn;
-    if (++next_step == steps) next_step = 0, ++next_tile;
-  };
-  for (int i = 0; i < kAhead; ++i, go_on()) unpack_half(0), unpack_half(1);
+  for (int64_t step = 0; step < kAhead; ++step) unpack_half(0, step), unpack_half(1, step);
+  int64_t now = 0;
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
     clear_sums();
-    for (int64_t step = 0; step < steps; ++step, go_on()) {
-      const int8_t* inputs = rows.codes + step * kStep;
-      multiply_upper<false>(inputs, rows.stride, ring + ((turn - kAhead) % kRing) * kStepBytes);
-      unpack_half(0);
+    const int8_t* inputs = rows.codes;
+    for (const int64_t end = now + steps; now < end; ++now, inputs += kStep) {
+      multiply_upper<false>(inputs, rows.stride, place(now));
+      unpack_half(0, now + kAhead);
       results.put(some_rows);
       if (rows.count > 16) multiply_lower<false>(inputs, rows.stride);
-      unpack_half(1);
+      unpack_half(1, now + kAhead);
       results.put(some_rows);
     }
     store_sums(sums);
@@ -154,7 +153,7 @@ constexpr int64_t kMostSteps = 16;  // of a slab
 // More rows: weights are unpacked a slab at a time, for all rows of the task. Slabs stay in the first cache too: where
 // inputs are many, they are cut, and sums of all rows wait for the next slab. Inputs then go past that cache, for with
 // them there would be no room for the slab; few inputs are better off in it.
-template <class Unpack, bool IsCut>
+template <class Unpacker, bool IsCut>
 void multiply_many(const Weight& w, const Rows& rows, const Output& output, Range block, Range tiles) {
   const int64_t steps = w.padded_features() / kStep, slabs = share_out(steps, kMostSteps), size = share_out(steps, slabs);
   Scratch& scratch = thread_scratch();
@@ -162,11 +161,12 @@ void multiply_many(const Weight& w, const Rows& rows, const Output& output, Rang
   int8_t* slab = scratch.take<int8_t>(size * kStepBytes);
   int32_t* all_sums = scratch.take<int32_t>((block.end - block.begin + kBlockRows) * kRowSums);
   Results results(w, rows, output);
+  Unpacker unpack(w, tiles.begin);
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile)
     for (int64_t first = 0; first < steps; first += size) {
       const int64_t count = std::min(size, steps - first), some_rows = share_out(kBlockRows, 2 * count);
       for (int64_t step = 0; step < count; ++step)
-        for (int half = 0; half < 2; ++half) Unpack::half(w, tile, first + step, half, slab + step * kStepBytes);
+        for (int half = 0; half < 2; ++half) unpack(half, slab + step * kStepBytes);
       for (int64_t row = block.begin; row < block.end; row += kBlockRows) {
         // Sums that need not wait for another slab share a place: the last ones are put away before the next come.
         int32_t* sums = all_sums + (slabs > 1 ? row - block.begin : 0) * kRowSums;
@@ -185,13 +185,13 @@ void multiply_many(const Weight& w, const Rows& rows, const Output& output, Rang
   results.put(kBlockRows);
 }
 
-template <class Unpack>
+template <class Unpacker>
 void multiply_block(const Weight& w, const Rows& rows, const Output& output, const Blocks& blocks, int64_t task) {
   const int64_t block = task / blocks.tiles.count(), piece = task % blocks.tiles.count();
   const Range tiles = {blocks.tiles.begin(piece), blocks.tiles.end(piece)};
   const TileScope scope(16);
-  if (rows.count <= kBlockRows) return multiply_few<Unpack>(w, rows, output, tiles);
-  const auto multiply = w.padded_features() > kMostSteps * kStep ? multiply_many<Unpack, true> : multiply_many<Unpack, false>;
+  if (rows.count <= kBlockRows) return multiply_few<Unpacker>(w, rows, output, tiles);
+  const auto multiply = w.padded_features() > kMostSteps * kStep ? multiply_many<Unpacker, true> : multiply_many<Unpacker, false>;
   multiply(w, rows, output, {blocks.rows.begin(block), blocks.rows.end(block)}, tiles);
 }
 
@@ -199,8 +199,8 @@ using Multiply = void (*)(const Weight&, const Rows&, const Output&, const Block
 
 Multiply choose_multiply(const Weight& w) {
   static constexpr Multiply ways[2][2] = {
-      {multiply_block<Unpack<Shifted, 16>>, multiply_block<Unpack<Shifted, 32>>},
-      {multiply_block<Unpack<Symmetric, 16>>, multiply_block<Unpack<Symmetric, 32>>},
+      {multiply_block<Unpacker<Shifted, 16>>, multiply_block<Unpacker<Shifted, 32>>},
+      {multiply_block<Unpacker<Symmetric, 16>>, multiply_block<Unpacker<Symmetric, 32>>},
   };
   return ways[w.zeros == nullptr && w.code_bias == 8][w.padded_group % 32 == 0];
 }

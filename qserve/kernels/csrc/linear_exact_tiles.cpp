@@ -197,34 +197,35 @@ class Ring {
 };
 
 // Unpacks one step after the other of these tiles of channels.
-template <class Unpack>
+template <class Unpacker>
 class Unpacking {
  public:
-  Unpacking(const Weight& w, Range tiles, const Ring& ring) : w_(&w), ring_(ring), tile_(tiles.begin), end_(tiles.end) {}
+  Unpacking(const Weight& w, Range tiles, const Ring& ring)
+      : unpack_(w, tiles.begin), ring_(ring), steps_left_((tiles.end - tiles.begin) * (w.padded_features() / kStep)) {}
 
   QSERVE_INLINE void operator()(int half) {
-    if (tile_ == end_) return;
-    Unpack::half(*w_, tile_, step_, half, ring_.step());
+    if (steps_left_ == 0) return;
+    unpack_(half, ring_.step());
     if (half == 0) return;
     ring_.go_on();
-    if (++step_ * kStep == w_->padded_features()) step_ = 0, ++tile_;
+    --steps_left_;
   }
 
  private:
-  const Weight* w_;
+  Unpacker unpack_;
   Ring ring_;
-  int64_t tile_, end_, step_ = 0;
+  int64_t steps_left_;
 };
 
 // Weights are unpacked amidst the products of the first rows, some steps before their turn.
-template <class Unpack>
+template <class Unpacker>
 void multiply_digits(const Weight& w, const Rows& rows, const Output& output, Range block, Range tiles) {
   constexpr int kAhead = 3;
   const int64_t steps = w.padded_features() / kStep, size = slab_size(w, block);
   const int64_t kept = block.end - block.begin > kBlockRows ? size : 1;  // others come for them too
   thread_scratch().reset();
   Ring ring(thread_scratch().take<int8_t>((kept + kAhead) * kStepBytes), kept + kAhead);
-  Unpacking<Unpack> unpacking(w, tiles, ring);
+  Unpacking<Unpacker> unpacking(w, tiles, ring);
   for (int i = 0; i < kAhead; ++i) unpacking(0), unpacking(1);
   Task task(w, rows, output, block);
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile)
@@ -269,8 +270,8 @@ using Multiply = void (*)(const Weight&, const Rows&, const Output&, Range block
 
 Multiply choose_multiply(const Weight& w) {
   static constexpr Multiply ways[2][2] = {
-      {multiply_digits<Unpack<Moved, 16>>, multiply_digits<Unpack<Moved, 32>>},
-      {multiply_digits<Unpack<Symmetric, 16>>, multiply_digits<Unpack<Symmetric, 32>>},
+      {multiply_digits<Unpacker<Moved, 16>>, multiply_digits<Unpacker<Moved, 32>>},
+      {multiply_digits<Unpacker<Symmetric, 16>>, multiply_digits<Unpacker<Symmetric, 32>>},
   };
   if (w.units == nullptr) return multiply_codes;
   return ways[w.offsets == nullptr][w.padded_group % 32 == 0];

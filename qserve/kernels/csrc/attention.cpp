@@ -54,19 +54,20 @@ void add_parts(Plan& plan, const Layout& layout, const Task& item, bool is_split
   }
 }
 
-// Few items are split by parts, and still few by heads; rows of a prompt always by heads, for they take long.
+// Few items are split by parts, and still few by heads; rows of a prompt always by heads, for they take long. In the
+// order of their rows, so that a thread mostly reads what it wrote itself.
 Plan make_plan(const Layout& layout, int64_t wanted) {
   const std::vector<Task> items = list_items(layout);
   int64_t parts = 0;
   for (const Task& item : items) parts += item.part_end - item.part;
   Plan plan;
-  for (auto item = items.rbegin(); item != items.rend(); ++item) {  // the longest contexts of a prompt come last
-    const bool is_single = item->end - item->begin == 1;
-    const int64_t heads = is_single ? 1 : item->kv_end;
-    if ((int64_t)items.size() * heads >= wanted || item->part_end - item->part == 1)
-      add_heads(plan, *item, !is_single || (int64_t)items.size() < wanted);
+  for (const Task& item : items) {
+    const bool is_single = item.end - item.begin == 1;
+    const int64_t heads = is_single ? 1 : item.kv_end;
+    if ((int64_t)items.size() * heads >= wanted || item.part_end - item.part == 1)
+      add_heads(plan, item, !is_single || (int64_t)items.size() < wanted);
     else
-      add_parts(plan, layout, *item, !is_single || parts < wanted);
+      add_parts(plan, layout, item, !is_single || parts < wanted);
   }
   return plan;
 }

@@ -72,6 +72,7 @@ QSERVE_INLINE I32 load_fix(const Weight& w, int tile) {
 
 class AlignedFinish {
  public:
+  AlignedFinish() = default;
   AlignedFinish(const Weight& w, int tile) : unit_(load<F32>(w.units + tile * kLanes)), fix_(to_doubles(load_fix(w, tile))) {}
 
   QSERVE_INLINE F32 operator()(Doubles total, float scale) const { return splat(scale) * (unit_ * to_float(total)); }

@@ -30,24 +30,6 @@ struct Output {
     store_some(data + at, y, rest);
   }
 
-  // value(i) for row + i, i below count: what holds for all rows is asked once.
-  template <class Value>
-  QSERVE_INLINE void put_rows(int64_t row, int64_t count, int tile, const Value& value) const {
-    const bool is_whole = channels >= (tile + 1) * kLanes && is_plain();
-    const bool is_gated = gate != kNoGate, is_gate = is_gated && tile % 2 == 0;
-    float* to = data + row * stride + column + (is_gated ? tile / 2 : tile) * kLanes;
-    if (is_whole && residual == nullptr && (!is_gated || is_gate)) {
-      for (int64_t i = 0; i < count; ++i, to += stride) store(to, value(i));
-    } else if (is_whole && is_gated) {
-      for (int64_t i = 0; i < count; ++i, to += stride) store(to, activate(gate, load<F32>(to)) * value(i));
-    } else if (is_whole) {
-      const float* from = residual + (to - data);
-      for (int64_t i = 0; i < count; ++i, to += stride, from += stride) store(to, load<F32>(from) + value(i));
-    } else {
-      for (int64_t i = 0; i < count; ++i) put(row + i, tile, value(i));
-    }
-  }
-
   bool is_plain() const { return bias == nullptr && scale == 1.0f && soft_cap == 0.0f; }
 
  private:

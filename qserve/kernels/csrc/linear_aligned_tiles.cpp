@@ -7,6 +7,7 @@
 // Everything is exact, so it has the bits of linear_integer.cpp. The products of tiles leave the vector units free, so
 // what these have to do is strewn among them: putting away the last results, and with few rows unpacking the next weights.
 #include <algorithm>
+#include <type_traits>
 
 #include "aligned.h"
 #include "digits.h"
@@ -23,48 +24,40 @@ constexpr int kBlockRows = 32;  // two tiles
 
 constexpr int kRowSums = 2 * kLanes;  // of a row: sums of high digits, then those of low ones
 
-// Not inline: its numbers would take the registers of what it stands amidst.
-__attribute__((noinline)) void put_wide(const Weight& w, const Rows& rows, const Output& output, const int32_t* sums,
-                                        int tile, int64_t row) {
-  const AlignedFinish finish(w, tile);
-  const Doubles total = to_doubles(load<I32>(sums)) * 256.0 + to_doubles(load<I32>(sums + kLanes));
-  output.put(row, tile, finish(total, rows.scales[row], rows.zeros[row]));
-}
-
 // Results of up to 32 rows and 16 channels that wait in `sums`, (row, digit, 16). Two rows at a time between products of
 // tiles cost little more than those alone; many at a time cost what they cost without them.
+template <bool IsNarrow>
 class Results {
  public:
   Results(const Weight& w, const Rows& rows, const Output& output) : w_(w), rows_(rows), output_(output) {}
 
   QSERVE_INLINE void set(const int32_t* sums, int64_t tile, int64_t begin, int64_t end) {
-    sums_ = sums, tile_ = (int)tile, row_ = begin, end_ = end;
-    finish_ = NarrowFinish(w_, tile_);
-    place_ = OutputTile(output_, tile_);
-    scales_ = rows_.scales, zeros_ = rows_.zeros, is_narrow_ = w_.is_narrow;
+    sums_ = sums, row_ = begin, end_ = end;
+    finish_ = Finish(w_, (int)tile);
+    place_ = OutputTile(output_, (int)tile);
+    scales_ = rows_.scales, zeros_ = rows_.zeros;
   }
 
   QSERVE_INLINE void put(int64_t most) {
-    for (; most > 0 && row_ < end_; --most, ++row_, sums_ += kRowSums) {
-      if (!is_narrow_) {
-        put_wide(w_, rows_, output_, sums_, tile_, row_);
-        continue;
-      }
-      const U32 total = shift_byte(load<U32>(sums_)) + load<U32>(sums_ + kLanes);
-      place_.put(row_, finish_(total, scales_[row_], zeros_[row_]));
-    }
+    for (; most > 0 && row_ < end_; --most, ++row_, sums_ += kRowSums)
+      place_.put(row_, finish_(total(), scales_[row_], zeros_[row_]));
   }
 
  private:
+  using Finish = std::conditional_t<IsNarrow, NarrowFinish, AlignedFinish>;
+
+  QSERVE_INLINE auto total() const {
+    if constexpr (IsNarrow) return shift_byte(load<U32>(sums_)) + load<U32>(sums_ + kLanes);
+    if constexpr (!IsNarrow) return fused(load_doubles(sums_), 256.0, load_doubles(sums_ + kLanes));
+  }
+
   const Weight& w_;
   const Rows& rows_;
   const Output& output_;
-  NarrowFinish finish_;
+  Finish finish_;
   OutputTile place_;
   const float* scales_ = nullptr;
   const int32_t *sums_ = nullptr, *zeros_ = nullptr;
-  int tile_ = 0;
-  bool is_narrow_ = false;
   int64_t row_ = 0, end_ = 0;
 };
 
@@ -114,7 +107,7 @@ int64_t share_out(int64_t count, int64_t among) { return (count + among - 1) / a
 
 // Up to 32 rows: unpacking takes longer than the products. A step of weights is unpacked some steps before its turn, into
 // a ring that stays in the first cache.
-template <class Unpacker>
+template <class Unpacker, bool IsNarrow>
 void multiply_few(const Weight& w, const Rows& rows, const Output& output, Range tiles) {
   constexpr int kAhead = 3, kRing = 4;
   Scratch& scratch = thread_scratch();
@@ -122,7 +115,7 @@ void multiply_few(const Weight& w, const Rows& rows, const Output& output, Range
   int8_t* ring = scratch.take<int8_t>(kRing * kStepBytes);
   int32_t* sums = scratch.take<int32_t>(kBlockRows * kRowSums);
   const int64_t steps = w.padded_features() / kStep, some_rows = share_out(kBlockRows, 2 * steps);
-  Results results(w, rows, output);
+  Results<IsNarrow> results(w, rows, output);
   Unpacker unpack(w, tiles.begin);
   const int64_t total = (tiles.end - tiles.begin) * steps;
   const auto place = [&](int64_t step) { return ring + (uint64_t)step % kRing * kStepBytes; };
@@ -153,14 +146,14 @@ constexpr int64_t kMostSteps = 16;  // of a slab
 // More rows: weights are unpacked a slab at a time, for all rows of the task. Slabs stay in the first cache too: where
 // inputs are many, they are cut, and sums of all rows wait for the next slab. Inputs then go past that cache, for with
 // them there would be no room for the slab; few inputs are better off in it.
-template <class Unpacker, bool IsCut>
+template <class Unpacker, bool IsNarrow, bool IsCut>
 void multiply_many(const Weight& w, const Rows& rows, const Output& output, Range block, Range tiles) {
   const int64_t steps = w.padded_features() / kStep, slabs = share_out(steps, kMostSteps), size = share_out(steps, slabs);
   Scratch& scratch = thread_scratch();
   scratch.reset();
   int8_t* slab = scratch.take<int8_t>(size * kStepBytes);
   int32_t* all_sums = scratch.take<int32_t>((block.end - block.begin + kBlockRows) * kRowSums);
-  Results results(w, rows, output);
+  Results<IsNarrow> results(w, rows, output);
   Unpacker unpack(w, tiles.begin);
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile)
     for (int64_t first = 0; first < steps; first += size) {
@@ -185,24 +178,29 @@ void multiply_many(const Weight& w, const Rows& rows, const Output& output, Rang
   results.put(kBlockRows);
 }
 
-template <class Unpacker>
+template <class Unpacker, bool IsNarrow>
 void multiply_block(const Weight& w, const Rows& rows, const Output& output, const Blocks& blocks, int64_t task) {
   const int64_t block = task / blocks.tiles.count(), piece = task % blocks.tiles.count();
   const Range tiles = {blocks.tiles.begin(piece), blocks.tiles.end(piece)};
   const TileScope scope(16);
-  if (rows.count <= kBlockRows) return multiply_few<Unpacker>(w, rows, output, tiles);
-  const auto multiply = w.padded_features() > kMostSteps * kStep ? multiply_many<Unpacker, true> : multiply_many<Unpacker, false>;
+  if (rows.count <= kBlockRows) return multiply_few<Unpacker, IsNarrow>(w, rows, output, tiles);
+  const bool is_cut = w.padded_features() > kMostSteps * kStep;
+  const auto multiply = is_cut ? multiply_many<Unpacker, IsNarrow, true> : multiply_many<Unpacker, IsNarrow, false>;
   multiply(w, rows, output, {blocks.rows.begin(block), blocks.rows.end(block)}, tiles);
 }
 
 using Multiply = void (*)(const Weight&, const Rows&, const Output&, const Blocks&, int64_t task);
 
+template <class Unpacker>
+Multiply choose_width(const Weight& w) {
+  return w.is_narrow ? multiply_block<Unpacker, true> : multiply_block<Unpacker, false>;
+}
+
 Multiply choose_multiply(const Weight& w) {
-  static constexpr Multiply ways[2][2] = {
-      {multiply_block<Unpacker<Shifted, 16>>, multiply_block<Unpacker<Shifted, 32>>},
-      {multiply_block<Unpacker<Symmetric, 16>>, multiply_block<Unpacker<Symmetric, 32>>},
-  };
-  return ways[w.zeros == nullptr && w.code_bias == 8][w.padded_group % 32 == 0];
+  const bool is_long = w.padded_group % 32 == 0;
+  if (w.zeros == nullptr && w.code_bias == 8)
+    return is_long ? choose_width<Unpacker<Symmetric, 32>>(w) : choose_width<Unpacker<Symmetric, 16>>(w);
+  return is_long ? choose_width<Unpacker<Shifted, 32>>(w) : choose_width<Unpacker<Shifted, 16>>(w);
 }
 
 }  // namespace

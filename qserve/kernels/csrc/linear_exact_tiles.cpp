@@ -42,7 +42,9 @@ class Results {
     const AlignedFinish finish(w_, tile_);
     const float* scales = rows_.scales + row_;
     const int32_t* sums = sums_;
-    output_.put_rows(row_, count, tile_, [=](int64_t i) { return finish(Sums::total(sums + i * Sums::kRowSums), scales[i]); });
+    const OutputTile place(output_, tile_);
+    for (int64_t i = 0; i < count; ++i)
+      place.put(row_ + i, finish(Sums::total(sums + i * Sums::kRowSums), scales[i]));
     row_ += count;
     sums_ += count * Sums::kRowSums;
   }
@@ -61,14 +63,15 @@ class Results {
   QSERVE_INLINE void put_side(int64_t count, int side) const {
     const int tile = tile_ + side;
     const GroupScales scales = load_scales(w_, tile * kLanes);
-    output_.put_rows(row_, count, tile, [&](int64_t i) {
+    const OutputTile place(output_, tile);
+    for (int64_t i = 0; i < count; ++i) {
       const int64_t row = row_ + i;
       I32 planes[kPlanes];
       for (int p = 0; p < kPlanes; ++p)
         planes[p] = Sums::plane(sums_ + i * Sums::kRowSums, p, side) + splat(rows_.starts[row * kPlanes + p]);
       const F32 y = add_group<kRowInputs>(F32{}, planes, scales, 1.0f, rows_.totals[row]);
-      return finish_row<kRowInputs>(y, w_, rows_, row, tile);
-    });
+      place.put(row, finish_row<kRowInputs>(y, w_, rows_, row, tile));
+    }
   }
 
   const Weight& w_;

@@ -183,14 +183,13 @@ def test_free_requests_are_not_changed_by_those_beside_them(llm: LLM, url: str) 
         {"ignore_eos": True, "typical_p": 0.3, "bad_words": ["the"]},
         {"structured_outputs": {"choice": CHOICES}, "temperature": 0},
     ] * 2
-    asked = [{"seed": number, **fields} for number, fields in enumerate(asked)]
+    long = " and again" * 30  # so that a few of them fill the cache, whenever they come
+    asked = [{"seed": number, "prompt": f"Text {number}{long}", **fields} for number, fields in enumerate(asked)]
     with httpx.Client(base_url=url, timeout=120) as client:
-        alone = [complete(client, prompt=f"Text {number}", **fields) for number, fields in enumerate(asked)]
+        alone = [complete(client, **fields) for fields in asked]
         before = llm.loop.stats.num_preemptions
         with ThreadPoolExecutor(len(asked)) as pool:
-            calls = [
-                pool.submit(complete, client, prompt=f"Text {number}", **fields) for number, fields in enumerate(asked)
-            ]
+            calls = [pool.submit(complete, client, **fields) for fields in asked]
             together = [call.result() for call in calls]
     assert together == alone
     assert llm.loop.stats.num_preemptions > before

@@ -106,10 +106,19 @@ inline Pieces split_tiles(const Weight& w, int64_t tile_bytes, const Team& team)
   return {tiles, size + size % 2};
 }
 
+struct Range {
+  int64_t begin, end;
+};
+
 // Tasks of a kernel that unpacks weights for all the rows it is given: pieces of rows by pieces of tiles, these in pairs.
 struct Blocks {
   Pieces rows, tiles;
   int64_t count() const { return rows.count() * tiles.count(); }
+  Range rows_of(int64_t task) const { return range(rows, task / tiles.count()); }
+  Range tiles_of(int64_t task) const { return range(tiles, task % tiles.count()); }
+
+ private:
+  static Range range(const Pieces& pieces, int64_t piece) { return {pieces.begin(piece), pieces.end(piece)}; }
 };
 
 // Many rows are shared out by row, so that weights are unpacked once for so many rows that it costs little; few rows by

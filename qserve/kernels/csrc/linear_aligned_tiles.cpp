@@ -99,12 +99,6 @@ QSERVE_INLINE void multiply_lower(const int8_t* inputs, int64_t stride) {
   tile_dot<true, 3, 5, 7>();
 }
 
-struct Range {
-  int64_t begin, end;
-};
-
-int64_t share_out(int64_t count, int64_t among) { return (count + among - 1) / among; }
-
 // Up to 32 rows: unpacking takes longer than the products. A step of weights is unpacked some steps before its turn, into
 // a ring that stays in the first cache.
 template <class Unpacker, bool IsNarrow>
@@ -179,17 +173,15 @@ void multiply_many(const Weight& w, const Rows& rows, const Output& output, Rang
 }
 
 template <class Unpacker, bool IsNarrow>
-void multiply_block(const Weight& w, const Rows& rows, const Output& output, const Blocks& blocks, int64_t task) {
-  const int64_t block = task / blocks.tiles.count(), piece = task % blocks.tiles.count();
-  const Range tiles = {blocks.tiles.begin(piece), blocks.tiles.end(piece)};
+void multiply_block(const Weight& w, const Rows& rows, const Output& output, Range block, Range tiles) {
   const TileScope scope(16);
   if (rows.count <= kBlockRows) return multiply_few<Unpacker, IsNarrow>(w, rows, output, tiles);
   const bool is_cut = w.padded_features() > kMostSteps * kStep;
   const auto multiply = is_cut ? multiply_many<Unpacker, IsNarrow, true> : multiply_many<Unpacker, IsNarrow, false>;
-  multiply(w, rows, output, {blocks.rows.begin(block), blocks.rows.end(block)}, tiles);
+  multiply(w, rows, output, block, tiles);
 }
 
-using Multiply = void (*)(const Weight&, const Rows&, const Output&, const Blocks&, int64_t task);
+using Multiply = void (*)(const Weight&, const Rows&, const Output&, Range block, Range tiles);
 
 template <class Unpacker>
 Multiply choose_width(const Weight& w) {
@@ -213,7 +205,7 @@ bool uses_aligned_tiles(const Weight& w, int num_rows) {
 void multiply_aligned_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team) {
   const Blocks blocks = split_blocks(w, rows.count, team);
   const Multiply multiply = choose_multiply(w);
-  team.run(blocks.count(), [&](int64_t task) { multiply(w, rows, output, blocks, task); });
+  team.run(blocks.count(), [&](int64_t task) { multiply(w, rows, output, blocks.rows_of(task), blocks.tiles_of(task)); });
 }
 
 #else

@@ -83,12 +83,6 @@ class Results {
   int64_t row_ = 0, end_ = 0;
 };
 
-struct Range {
-  int64_t begin, end;
-};
-
-int64_t share_out(int64_t count, int64_t among) { return (count + among - 1) / among; }
-
 // A slab of weights: steps [first, first + count) of one tile of channels, or of two side by side.
 struct Slab {
   int64_t tile, first, count;
@@ -293,10 +287,8 @@ void multiply_exact_tiles(const Weight& w, const Rows& rows, const Output& outpu
   const Blocks blocks = split_blocks(w, rows.count, team);
   const Multiply multiply = choose_multiply(w);
   team.run(blocks.count(), [&](int64_t task) {
-    const int64_t block = task / blocks.tiles.count(), piece = task % blocks.tiles.count();
     const TileScope scope(16);
-    multiply(w, rows, output, {blocks.rows.begin(block), blocks.rows.end(block)},
-             {blocks.tiles.begin(piece), blocks.tiles.end(piece)});
+    multiply(w, rows, output, blocks.rows_of(task), blocks.tiles_of(task));
   });
 }
 

@@ -220,9 +220,9 @@ bool multiply_integer_tiles(const Weight& w, const Rows& rows, const Output& out
   const auto kernel = kernels[w.offsets != nullptr][inputs_of(w)];
   const Blocks blocks = split_blocks(w, rows.count, team);
   team.run(blocks.count(), [&](int64_t task) {
-    const int64_t block = task / blocks.tiles.count(), piece = task % blocks.tiles.count();
-    for (int64_t tile = blocks.tiles.begin(piece); tile < blocks.tiles.end(piece); tile += 2)
-      kernel(w, rows, output, (int)tile, blocks.rows.begin(block), blocks.rows.end(block));
+    const Range block = blocks.rows_of(task), tiles = blocks.tiles_of(task);
+    for (int64_t tile = tiles.begin; tile < tiles.end; tile += 2)
+      kernel(w, rows, output, (int)tile, block.begin, block.end);
   });
   return true;
 }

@@ -78,17 +78,19 @@ class Team {
   std::vector<std::thread> workers_;
 };
 
+inline int64_t share_out(int64_t count, int64_t among) { return (count + among - 1) / among; }
+
 // The range [begin, end) of each task, when `total` things are cut into pieces of `size`.
 struct Pieces {
   int64_t total, size;
-  int64_t count() const { return (total + size - 1) / size; }
+  int64_t count() const { return share_out(total, size); }
   int64_t begin(int64_t piece) const { return piece * size; }
   int64_t end(int64_t piece) const { return begin(piece + 1) < total ? begin(piece + 1) : total; }
 };
 
 // Rows of a stage that are many are cut alike in stage after stage, whole tiles of AMX each: then a thread mostly finds
 // what it wrote itself, in its own cache.
-inline int64_t count_share(int64_t num_rows, const Team& team) { return (num_rows + team.size() - 1) / team.size(); }
+inline int64_t count_share(int64_t num_rows, const Team& team) { return share_out(num_rows, team.size()); }
 
 inline bool are_many(int64_t num_rows, const Team& team) { return count_share(num_rows, team) >= 32; }
 

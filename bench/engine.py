@@ -132,7 +132,9 @@ class Candidate:
         self.num_runs += 1
         num_slots = point.rows * (point.prompt + point.steps + _BLOCK_SIZE)
         config = EngineConfig(max_running=point.rows, max_step_tokens=max(512, point.rows), block_size=_BLOCK_SIZE)
-        scheduler = Scheduler(replace(config, prefix_caching=False), num_slots // _BLOCK_SIZE + point.rows)
+        scheduler = Scheduler(
+            replace(config, prefix_caching=False, speculative_tokens=0), num_slots // _BLOCK_SIZE + point.rows
+        )
         generator = torch.Generator().manual_seed(self.num_runs)
         for row in range(point.rows):
             ids = torch.randint(100, self.vocab_size, (point.prompt,), generator=generator).tolist()

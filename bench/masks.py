@@ -19,6 +19,7 @@ from statistics import median
 from bench.models import get_model
 from qserve.bench.machine import describe_circumstances
 from qserve.build import build_llm
+from qserve.config import EngineConfig
 from qserve.engine.request import SamplingParams
 from qserve.generation import GenerationOptions
 from qserve.llm import LLM, Generation, merge
@@ -89,7 +90,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--samplings", nargs="+", choices=_SAMPLINGS, default=[*_SAMPLINGS], help="by default all")
     arguments = parser.parse_args()
-    llm = build_llm(arguments.model or get_model("smollm2", "int8-dynamic-act-int4-weight"))
+    model = arguments.model or get_model("smollm2", "int8-dynamic-act-int4-weight")
+    llm = build_llm(model, engine=EngineConfig(speculative_tokens=0))
     samplings = {way: replace(_SAMPLINGS[way], max_tokens=arguments.tokens) for way in arguments.samplings}
     try:
         found = asyncio.run(compare(llm, samplings, num_rows=arguments.rows, repeats=arguments.repeats))

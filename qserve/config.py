@@ -57,6 +57,12 @@ class EngineConfig:
     )
     block_size: int = option(16, "positions in one block of the key-value cache", least=1)
     prefix_caching: bool = option(True, "share the cache blocks of equal prompt beginnings")
+    speculative_tokens: int = option(
+        15,
+        "guess up to so many tokens ahead, where a text repeats itself, and check them in one step: the same tokens,"
+        " sooner; 0 guesses none",
+        least=0,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

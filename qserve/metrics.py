@@ -41,6 +41,9 @@ _FROM_STATS: tuple[tuple[str, str, Callable[["EngineNumbers"], float]], ...] = (
     ("prompt_tokens_cached_total", "Of these, found in the cache", lambda now: now.num_cached_tokens),
     ("generation_tokens_total", "Tokens generated", lambda now: now.num_generated_tokens),
     ("num_preemptions_total", "Times a request lost its blocks", lambda now: now.num_preemptions),
+    ("spec_decode_num_drafts_total", "Guesses of several tokens", lambda now: now.num_drafts),
+    ("spec_decode_num_draft_tokens_total", "Tokens guessed and computed", lambda now: now.num_draft_tokens),
+    ("spec_decode_num_accepted_tokens_total", "Of these, right", lambda now: now.num_accepted_tokens),
     ("prefix_cache_queries_total", "Prompt tokens looked up in the cache", lambda now: now.num_prompt_tokens),
     ("prefix_cache_hits_total", "Prompt tokens found in the cache", lambda now: now.num_cached_tokens),
 )
@@ -74,6 +77,12 @@ class EngineNumbers(Protocol):
     def num_cached_tokens(self) -> int: ...
     @property
     def num_generated_tokens(self) -> int: ...
+    @property
+    def num_drafts(self) -> int: ...
+    @property
+    def num_draft_tokens(self) -> int: ...
+    @property
+    def num_accepted_tokens(self) -> int: ...
     @property
     def num_preemptions(self) -> int: ...
     @property

@@ -79,9 +79,9 @@ class BlockPool:
         request.prefix_id = self._prefix_ids[shared[-1]] if shared else NO_PREFIX
         return True
 
-    def extend(self, request: Request) -> bool:
-        """Give a request the blocks that its newest tokens lack; False when there are not enough."""
-        num_new = self.num_needed(len(request.token_ids)) - len(request.block_ids)
+    def extend(self, request: Request, *, num_ahead: int = 0) -> bool:
+        """Give a request the blocks that its newest tokens lack, and as many ahead; False when there are not enough."""
+        num_new = self.num_needed(len(request.token_ids) + num_ahead) - len(request.block_ids)
         if num_new > self.num_available:
             return False
         request.block_ids += [self._take() for _ in range(num_new)]

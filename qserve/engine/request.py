@@ -129,6 +129,13 @@ class Request:
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
+    def supposing(self, token_ids: Sequence[int]) -> "Request":
+        """As it will be if these come next, for whoever chooses what comes then. Not with a constraint, which moves."""
+        assert self.constraint is None, self.id
+        supposed = Request(self.id, [*self.token_ids, *token_ids], self.params)
+        supposed.num_prompt_tokens = self.num_prompt_tokens
+        return supposed
+
     @property
     def max_reused_tokens(self) -> int:
         """How many leading tokens may come from the cache: what is reported of a position must be computed."""
@@ -140,20 +147,26 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """The tokens [start, end) of one request, to be computed in this step.
+    """The tokens [start, end) of one request, to be computed in this step, and guesses of those from `end` on.
 
-    `block_ids` holds the request's cache blocks up to `end` at least: position p lives in slot
-    block_ids[p // block_size] * block_size + p % block_size.
+    Guesses are made for a request's end alone. `block_ids` holds the request's cache blocks for all of them at least:
+    position p lives in slot block_ids[p // block_size] * block_size + p % block_size.
     """
 
     request: Request
     start: int
     end: int
     block_ids: tuple[int, ...]
+    draft_ids: tuple[int, ...] = ()
+
+    @property
+    def stored_end(self) -> int:
+        """Where the positions end that are computed, those of guesses among them."""
+        return self.end + len(self.draft_ids)
 
     @property
     def num_tokens(self) -> int:
-        return self.end - self.start
+        return self.stored_end - self.start
 
     @property
     def is_last(self) -> bool:
@@ -174,23 +187,24 @@ class TokenLogprob:
 class Sampled:
     """What the device answers for one chunk.
 
-    `token_id` is None when the chunk was not its request's last, and when nothing that the request allows is left.
-    `logprobs` starts with the chosen token and goes on with the most likely ones, best first (the chosen one among
-    them again when it is one of them), and then with those of `logprob_token_ids`.
+    `token_ids` are the tokens that come next: one, and after each guess that was right one more. There is none when the
+    chunk was not its request's last, and when nothing that the request allows is left.
+    `logprobs` holds for each of them, if the request asks for it, the chosen token and then the most likely ones, best
+    first (the chosen one among them again when it is one of them), and then those of `logprob_token_ids`.
     `prompt_logprobs` has one such tuple for each prompt position in [start + 1, min(end + 1, num_prompt_tokens)), since
     the logits of position p speak of position p + 1; it is empty where the request does not ask for them.
     `pooled` is the sum of the chunk's final hidden states from position `pooled_from` on, empty where there are none.
     """
 
-    token_id: int | None
-    logprobs: tuple[TokenLogprob, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
     prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
     pooled: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenEvent:
-    """One step's news of one request: a token, its end, or both. The last event alone has a finish reason."""
+    """News of one request: a token, its end, or both. The last event alone has a finish reason."""
 
     request_id: str
     token_id: int | None = None

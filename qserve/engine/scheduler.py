@@ -10,14 +10,17 @@ Knows no device and no threads; driven by `engine.py`.
 import time
 from bisect import insort
 from dataclasses import replace
-from itertools import count
+from itertools import count, repeat
 from operator import add
 
 from qserve.config import EngineConfig
 from qserve.engine.blocks import BlockPool
-from qserve.engine.request import Chunk, FinishReason, Request, Sampled, TokenEvent
+from qserve.engine.drafter import Drafter
+from qserve.engine.request import Chunk, FinishReason, Request, Sampled, TokenEvent, TokenLogprob
 from qserve.engine.stats import Stats
 from qserve.errors import ContextLengthExceeded, InvalidRequest, UsageError
+
+_MAX_SAMPLED = 64  # rows of a step, guesses among them; more are no faster together than in turns
 
 
 def _order(request: Request) -> tuple[int, int]:
@@ -46,6 +49,14 @@ def _pool(chunk: Chunk, sums: tuple[float, ...]) -> None:
     request.pooled = tuple(map(add, request.pooled, sums)) if goes_on else sums
 
 
+def _take_scores(chunk: Chunk, answer: Sampled) -> tuple[tuple[TokenLogprob, ...], ...]:
+    """The prompt's log-probabilities that are news: after a preemption the device reports positions again."""
+    request = chunk.request
+    scores = answer.prompt_logprobs and answer.prompt_logprobs[request.next_prompt_logprob - chunk.start - 1 :]
+    request.next_prompt_logprob += len(scores)
+    return scores
+
+
 class Scheduler:
     """The requests, those running and those waiting, and the cache blocks that they hold."""
 
@@ -61,6 +72,7 @@ class Scheduler:
         self._running: list[Request] = []  # in order, as waiting
         self._waiting: list[Request] = []
         self._arrivals = count()
+        self._drafters: dict[str, Drafter] = {}
         self._totals = Stats(num_blocks=num_blocks)
 
     @property
@@ -113,15 +125,17 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step: who runs already goes on, then who waits is admitted."""
         chunks: list[Chunk] = []
-        budget = self.config.max_step_tokens
+        budget, max_drafted = self.config.max_step_tokens, _MAX_SAMPLED - len(self._running)
         while len(chunks) < len(self._running):
             request = self._running[len(chunks)]
             if not self._extend(request):
                 break
             # Everyone behind keeps a token of the budget: a long prompt never starves those who decode.
             num_behind = len(self._running) - len(chunks) - 1
-            chunks.append(self._cut_chunk(request, max_tokens=budget - num_behind))
-            budget -= chunks[-1].num_tokens
+            chunk = self._cut_chunk(request, max_tokens=budget - num_behind, max_drafted=max_drafted)
+            max_drafted -= len(chunk.draft_ids)
+            budget -= chunk.num_tokens
+            chunks.append(chunk)
         while budget and (admitted := self._admit_next()):
             chunks.append(self._cut_chunk(admitted, max_tokens=budget))
             budget -= chunks[-1].num_tokens
@@ -132,11 +146,9 @@ class Scheduler:
         self._totals.num_steps += 1
         self._totals.step_tokens.add(sum(chunk.num_tokens for chunk in chunks))
         now = time.perf_counter()
-        events = []
+        events: list[TokenEvent] = []
         for chunk, answer in zip(chunks, sampled, strict=True):
-            event = self._advance(chunk, answer, now=now)
-            if event is not None:
-                events.append(event)
+            events += self._advance(chunk, answer, now=now)
         if any(event.finish_reason for event in events):
             self._running = [request for request in self._running if request.id in self._requests]
         return events
@@ -177,27 +189,68 @@ class Scheduler:
         self._totals.num_prompt_tokens += request.num_prompt_tokens
         self._totals.num_cached_tokens += request.num_cached_tokens
 
-    def _cut_chunk(self, request: Request, *, max_tokens: int) -> Chunk:
+    def _cut_chunk(self, request: Request, *, max_tokens: int, max_drafted: int = 0) -> Chunk:
         start = request.num_computed_tokens
         end = min(request.num_tokens, start + max_tokens)
         self._blocks.publish(request, end=end)
-        self._totals.num_computed_tokens += end - start
-        return Chunk(request=request, start=start, end=end, block_ids=tuple(request.block_ids))
+        is_decoding = end == request.num_tokens == start + 1
+        draft_ids = self._draft(request, limit=min(max_drafted, max_tokens - 1)) if is_decoding else ()
+        chunk = Chunk(request=request, start=start, end=end, block_ids=tuple(request.block_ids), draft_ids=draft_ids)
+        self._totals.num_computed_tokens += chunk.num_tokens
+        return chunk
 
-    def _advance(self, chunk: Chunk, answer: Sampled, *, now: float) -> TokenEvent | None:
-        request, is_last = chunk.request, chunk.is_last
-        request.num_computed_tokens = chunk.end
+    def _draft(self, request: Request, *, limit: int) -> tuple[int, ...]:
+        """Guesses of what comes after the newest token, within what may come, and with blocks that nobody else lacks.
+
+        A constraint moves with each token and so cannot be asked about the next but one.
+        """
+        num_left = request.params.max_tokens - request.num_output_tokens - 1
+        limit = min(limit, num_left, self.config.speculative_tokens)
+        if limit <= 0 or request.constraint is not None:
+            return ()
+        drafter = self._drafters.setdefault(request.id, Drafter())
+        draft_ids = drafter.propose(request.token_ids, limit=limit)
+        if not self._blocks.extend(request, num_ahead=len(draft_ids)):
+            return ()
+        return draft_ids
+
+    def _advance(self, chunk: Chunk, answer: Sampled, *, now: float) -> list[TokenEvent]:
+        request = chunk.request
+        num_right = max(len(answer.token_ids) - 1, 0)
+        request.num_computed_tokens = chunk.end + num_right
+        if chunk.draft_ids:
+            self._learn(chunk, num_right=num_right)
         if answer.pooled:
             _pool(chunk, answer.pooled)
-        prompt_logprobs = answer.prompt_logprobs
-        if prompt_logprobs:
-            # After a preemption the device reports positions again that the client already has.
-            prompt_logprobs = prompt_logprobs[request.next_prompt_logprob - chunk.start - 1 :]
-            request.next_prompt_logprob += len(prompt_logprobs)
-        if not is_last:
-            return TokenEvent(request_id=request.id, prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
+        scores = _take_scores(chunk, answer)
+        if not chunk.is_last:
+            return [TokenEvent(request_id=request.id, prompt_logprobs=scores)] if scores else []
 
-        token_id = answer.token_id if request.params.max_tokens else None
+        events: list[TokenEvent] = []
+        token_ids = answer.token_ids if request.params.max_tokens else ()
+        for token_id, logprobs in zip(token_ids or (None,), answer.logprobs or repeat(()), strict=False):
+            events.append(self._take_token(request, token_id, logprobs, scores=() if events else scores, now=now))
+            if events[-1].finish_reason is not None:
+                break
+        return events
+
+    def _learn(self, chunk: Chunk, *, num_right: int) -> None:
+        num_proposed = len(chunk.draft_ids)
+        self._drafters[chunk.request.id].learn(num_proposed=num_proposed, num_right=num_right)
+        self._totals.num_drafts += 1
+        self._totals.num_draft_tokens += num_proposed
+        self._totals.num_accepted_tokens += num_right
+
+    def _take_token(
+        self,
+        request: Request,
+        token_id: int | None,
+        logprobs: tuple[TokenLogprob, ...],
+        *,
+        scores: tuple[tuple[TokenLogprob, ...], ...],
+        now: float,
+    ) -> TokenEvent:
+        """The next token, if there is one, and the end, if this is it."""
         if token_id is not None:
             self._append(request, token_id, now=now)
         is_impasse = token_id is None and request.params.max_tokens > 0
@@ -208,8 +261,8 @@ class Scheduler:
         return TokenEvent(
             request_id=request.id,
             token_id=token_id,
-            logprobs=answer.logprobs if token_id is not None else (),
-            prompt_logprobs=prompt_logprobs,
+            logprobs=logprobs if token_id is not None else (),
+            prompt_logprobs=scores,
             finish_reason=finish_reason,
             num_cached_tokens=request.num_cached_tokens,
             pooled=request.pooled,
@@ -229,6 +282,7 @@ class Scheduler:
     def _end(self, request: Request, *, now: float) -> None:
         request.finished_at = now
         del self._requests[request.id]
+        self._drafters.pop(request.id, None)
         self._blocks.release(request)
 
     def check(self) -> None:
@@ -238,11 +292,13 @@ class Scheduler:
         assert sorted(waiting, key=_order) == waiting
         assert len(running) <= self.config.max_running
         assert sorted(request.id for request in running + waiting) == sorted(self._requests)
+        assert self._drafters.keys() <= self._requests.keys()
         for request in waiting:
             assert not request.block_ids
             assert request.num_computed_tokens == 0
         for request in running:
             num_slots = len(request.block_ids) * self.config.block_size
             assert request.num_computed_tokens < request.num_tokens, "a running request has nothing to compute"
-            assert request.num_computed_tokens <= num_slots < request.num_tokens + self.config.block_size
+            most = request.num_tokens + self.config.speculative_tokens
+            assert request.num_computed_tokens <= num_slots < most + self.config.block_size
         self._blocks.check(running)

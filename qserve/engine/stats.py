@@ -54,10 +54,13 @@ class Stats:
     num_held_blocks: int = 0
 
     num_steps: int = 0
-    num_computed_tokens: int = 0  # positions, those computed again after a preemption among them
+    num_computed_tokens: int = 0  # positions, guesses and those computed again after a preemption among them
     num_prompt_tokens: int = 0  # of requests that were admitted
     num_cached_tokens: int = 0  # of these, found in the prefix cache
     num_generated_tokens: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0  # that were guessed and computed
+    num_accepted_tokens: int = 0  # of these, right
     num_preemptions: int = 0
     num_finished: int = 0
     num_aborted: int = 0

@@ -39,10 +39,17 @@ class FakeRunner:
             positions = range(chunk.start + 1, end)
             prompt = [self._score(request, p, request.token_ids[p], params.prompt_logprobs) for p in positions]
         if not chunk.is_last:
-            return Sampled(token_id=None, prompt_logprobs=tuple(prompt))
-        token_id = self._choose(request)
-        logprobs = () if params.logprobs is None else self._score(request, chunk.end, token_id, params.logprobs)
-        return Sampled(token_id=token_id, logprobs=logprobs, prompt_logprobs=tuple(prompt))
+            return Sampled(prompt_logprobs=tuple(prompt))
+        token_ids: list[int] = []
+        scores: list[tuple[TokenLogprob, ...]] = []
+        for number, guess in enumerate((*chunk.draft_ids, None)):
+            supposed = request.supposing(chunk.draft_ids[:number]) if number else request
+            token_ids.append(self._choose(supposed))
+            if params.logprobs is not None:
+                scores.append(self._score(supposed, supposed.num_tokens, token_ids[-1], params.logprobs))
+            if token_ids[-1] != guess:
+                break
+        return Sampled(token_ids=tuple(token_ids), logprobs=tuple(scores), prompt_logprobs=tuple(prompt))
 
     def _choose(self, request: Request) -> int:
         params = request.params

@@ -95,8 +95,8 @@ def generate(runner: ModelRunner, requests: Sequence[Request], *, num_tokens: in
         ]
         starts = [request.num_tokens for request in requests]
         for request, sampled in zip(requests, runner.run(chunks), strict=True):
-            assert sampled.token_id is not None
-            request.token_ids.append(sampled.token_id)
+            [token_id] = sampled.token_ids
+            request.token_ids.append(token_id)
 
 
 @torch.inference_mode()

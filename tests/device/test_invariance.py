@@ -1,5 +1,7 @@
 """A request through the engine has the same bits alone, in a crowd, preempted, and from the prefix cache."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -31,15 +33,22 @@ def load(ops: Ops) -> Decoder:
 
 
 def run(
-    ops: Ops, prompts: list[list[int]], *, dtype: torch.dtype, num_blocks: int = 60, tokens: int = 64
+    ops: Ops,
+    prompts: list[list[int]],
+    *,
+    dtype: torch.dtype,
+    num_blocks: int = 60,
+    tokens: int = 64,
+    guesses: int = 15,
+    params: SamplingParams = PARAMS,
 ) -> tuple[dict[str, list[Answer]], Scheduler]:
     """What each prompt, named by its number, is answered."""
     decoder = load(ops)
     cache = make_cache(decoder.cache_shapes, num_blocks=num_blocks, block_size=16, dtype=dtype, device=CPU)
-    scheduler = Scheduler(EngineConfig(max_step_tokens=tokens, max_running=8), num_blocks)
+    scheduler = Scheduler(EngineConfig(max_step_tokens=tokens, max_running=8, speculative_tokens=guesses), num_blocks)
     engine = Engine(scheduler, ModelRunner(decoder, cache, device=CPU, sampler=Sampler(choose=ops.sample)))
     for number, ids in enumerate(prompts):
-        scheduler.add(Request(str(number), list(ids), PARAMS))
+        scheduler.add(Request(str(number), list(ids), params))
     answers: dict[str, list[Answer]] = {str(number): [] for number in range(len(prompts))}
     while scheduler.has_work:
         for event in engine.step():
@@ -60,6 +69,20 @@ def test_company_changes_no_bit(variant: str, dtype: torch.dtype) -> None:
     assert run(ops, PROMPTS, dtype=dtype, tokens=9)[0] == alone
     preempted, scheduler = run(ops, PROMPTS, dtype=dtype, num_blocks=14)
     assert preempted == alone
+    assert scheduler.stats.num_preemptions > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_guesses_change_no_bit(variant: str, dtype: torch.dtype) -> None:
+    """The likeliest tokens of a random model go round in circles, so that many guesses are right."""
+    ops, params = open_variant(variant), replace(PARAMS, temperature=0.0)
+    plain, _ = run(ops, PROMPTS, dtype=dtype, guesses=0, params=params)
+    guessed, scheduler = run(ops, PROMPTS, dtype=dtype, params=params)
+    assert guessed == plain
+    assert 0 < scheduler.stats.num_accepted_tokens < scheduler.stats.num_draft_tokens
+    preempted, scheduler = run(ops, PROMPTS, dtype=dtype, params=params, num_blocks=14)
+    assert preempted == plain
     assert scheduler.stats.num_preemptions > 0
 
 

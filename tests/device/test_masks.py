@@ -134,11 +134,11 @@ def test_scores_are_those_of_the_raw_distribution_and_a_dead_end_has_none(runner
         return sampled
 
     free = run(None)
-    best = [entry.token_id for entry in free.logprobs[1:]]
+    best = [entry.token_id for entry in free.logprobs[0][1:]]
     held = run(Bits(best[2], size=512))
-    assert held.token_id == best[2]
-    assert held.logprobs[1:] == free.logprobs[1:]
-    assert held.logprobs[0] == free.logprobs[3]
-    assert run(None, allowed_token_ids=frozenset({best[1]})).token_id == best[1]
+    assert held.token_ids == (best[2],)
+    assert held.logprobs[0][1:] == free.logprobs[0][1:]
+    assert held.logprobs[0][0] == free.logprobs[0][3]
+    assert run(None, allowed_token_ids=frozenset({best[1]})).token_ids == (best[1],)
     dead = run(Bits(size=512))
-    assert (dead.token_id, dead.logprobs) == (None, ())
+    assert (dead.token_ids, dead.logprobs) == ((), ())

@@ -75,7 +75,13 @@ def test_batches_written_in_place_are_those_made_anew() -> None:
     for step, (rows, length) in enumerate(((1, 3), (3, 17), (200, 5), (2, 40), (2, 41), (5, 1), (70, 9))):
         requests = [_request(prompt(length + row % 3, seed=step)) for row in range(rows)]
         chunks = [
-            Chunk(request=request, start=request.num_tokens - 1, end=request.num_tokens, block_ids=_blocks(step + row))
+            Chunk(
+                request=request,
+                start=request.num_tokens - 1,
+                end=request.num_tokens,
+                block_ids=_blocks(step + row),
+                draft_ids=tuple(range(row % 4 * step)),
+            )
             for row, request in enumerate(requests)
         ]
         expected, batch = make_batch(chunks, block_size=4, device=CPU), batches.make(chunks)
@@ -88,6 +94,30 @@ def test_batches_written_in_place_are_those_made_anew() -> None:
         assert (batch.chunk_tokens, batch.chunk_ends) == (expected.chunk_tokens, expected.chunk_ends)
 
 
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.5, "seed": 5, "presence_penalty": 1.0, "min_tokens": 9}])
+def test_guesses_are_kept_as_far_as_they_are_right(model: Decoder, params: dict[str, Any]) -> None:
+    params = {"logprobs": 2, "stop_token_ids": frozenset({4}), **params}
+    request, blocks = _request(prompt(20), **params), _blocks(0)
+    runner, steps = runner_for(model), []
+    for start in (0, 20, 21, 22, 23):
+        steps += runner.run([Chunk(request=request, start=start, end=request.num_tokens, block_ids=blocks)])
+        request.token_ids += steps[-1].token_ids
+    said = tuple(request.token_ids[20:])
+    for num_right in range(5):
+        again, other = _request(prompt(20), **params), _request(prompt(9, seed=1))
+        wrong = () if num_right == 4 else ((said[num_right] + 1) % 512, 3)
+        chunks = [
+            Chunk(request=other, start=0, end=9, block_ids=_blocks(100)),
+            Chunk(request=again, start=0, end=20, block_ids=blocks, draft_ids=said[:num_right] + wrong),
+        ]
+        _, answer = runner_for(model).run(chunks)
+        assert answer.token_ids == said[: num_right + 1]
+        assert [score[0].token_id for score in answer.logprobs] == [*answer.token_ids]
+        for score, step in zip(answer.logprobs, steps, strict=False):
+            found, wanted = ([each.logprob for each in row] for row in (score, step.logprobs[0]))
+            assert found == pytest.approx(wanted, abs=1e-4)
+
+
 def test_only_a_last_chunk_is_answered_with_a_token(model: Decoder) -> None:
     request = _request(prompt(20))
     runner = runner_for(model)
@@ -95,8 +125,8 @@ def test_only_a_last_chunk_is_answered_with_a_token(model: Decoder) -> None:
         runner.run([Chunk(request=request, start=start, end=end, block_ids=_blocks(0))])
         for start, end in ((0, 8), (8, 16), (16, 20))
     ]
-    tokens = [answer[0].token_id for answer in answers]
-    assert tokens == [None, None, int(whole_logits(model, request.token_ids)[-1].argmax())]
+    tokens = [answer[0].token_ids for answer in answers]
+    assert tokens == [(), (), (int(whole_logits(model, request.token_ids)[-1].argmax()),)]
 
 
 def test_logprobs_are_of_the_raw_distribution(model: Decoder) -> None:
@@ -109,9 +139,10 @@ def test_logprobs_are_of_the_raw_distribution(model: Decoder) -> None:
     silent, sampled = runner_for(model).run(chunks)
     expected = torch.log_softmax(whole_logits(model, request.token_ids)[-1], dim=-1)
     assert silent.logprobs == ()
-    assert len(sampled.logprobs) == 5
-    assert sampled.logprobs[0].token_id == sampled.token_id
-    for each in sampled.logprobs:
+    [score] = sampled.logprobs
+    assert len(score) == 5
+    assert sampled.token_ids == (score[0].token_id,)
+    for each in score:
         assert each.logprob == pytest.approx(float(expected[each.token_id]), abs=1e-4)
         assert each.rank == int((expected > expected[each.token_id]).sum()) + 1
 
@@ -120,8 +151,9 @@ def test_named_tokens_are_reported_behind_the_most_likely(model: Decoder) -> Non
     request = _request(prompt(20), logprobs=1, logprob_token_ids=(9, 3, 9))
     (sampled,) = runner_for(model).run([Chunk(request=request, start=0, end=20, block_ids=_blocks(0))])
     expected = torch.log_softmax(whole_logits(model, request.token_ids)[-1], dim=-1)
-    assert [each.token_id for each in sampled.logprobs[2:]] == [9, 3, 9]
-    for each in sampled.logprobs[2:]:
+    [score] = sampled.logprobs
+    assert [each.token_id for each in score[2:]] == [9, 3, 9]
+    for each in score[2:]:
         assert each.logprob == pytest.approx(float(expected[each.token_id]), abs=1e-4)
         assert each.rank == int((expected > expected[each.token_id]).sum()) + 1
 
@@ -184,7 +216,7 @@ def test_a_chunk_may_read_what_another_one_of_the_step_writes(model: Decoder) ->
     ]
     answers = runner_for(model).run(chunks)
     for request, answer in zip((first, second), answers, strict=True):
-        assert answer.token_id == int(whole_logits(model, request.token_ids)[-1].argmax())
+        assert answer.token_ids == (int(whole_logits(model, request.token_ids)[-1].argmax()),)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
@@ -196,8 +228,8 @@ def test_a_rounded_cache_is_close(model: Decoder, dtype: torch.dtype) -> None:
         return ModelRunner(model, cache_for(model, dtype=kind), device=CPU, sampler=Sampler()).run([chunk])[0]
 
     exact, rounded = run(torch.float32), run(dtype)
-    assert exact.logprobs[0].logprob == pytest.approx(rounded.logprobs[0].logprob, abs=0.1)
-    assert exact.logprobs[0].logprob != rounded.logprobs[0].logprob
+    assert exact.logprobs[0][0].logprob == pytest.approx(rounded.logprobs[0][0].logprob, abs=0.1)
+    assert exact.logprobs[0][0].logprob != rounded.logprobs[0][0].logprob
 
 
 def test_memory_and_warm_up(model: Decoder) -> None:

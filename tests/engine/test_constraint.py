@@ -63,7 +63,7 @@ class Mute:
     """A device that finds nothing that it may say."""
 
     def run(self, chunks: list[Chunk]) -> list[Sampled]:
-        return [Sampled(token_id=None) for _ in chunks]
+        return [Sampled() for _ in chunks]
 
 
 @pytest.mark.parametrize(("max_tokens", "reason"), [(3, FinishReason.ERROR), (0, FinishReason.LENGTH)])

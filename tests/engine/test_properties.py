@@ -60,6 +60,7 @@ def configs(draw: st.DrawFn) -> EngineConfig:
         max_step_tokens=running + draw(st.integers(0, 8)),
         block_size=draw(st.integers(1, 4)),
         prefix_caching=draw(st.sampled_from([True, True, False])),
+        speculative_tokens=draw(st.sampled_from([0, 1, 2, 4, 15])),
     )
 
 

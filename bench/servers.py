@@ -40,6 +40,7 @@ from qserve.errors import UsageError
 # The recipe, and options of the server.
 OURS: dict[str, tuple[str, tuple[str, ...]]] = {
     "qserve-int8da-int4w": ("int8-dynamic-act-int4-weight", ()),
+    "qserve-int8da-int4w-plain": ("int8-dynamic-act-int4-weight", ("--speculative-tokens", "0")),
     "qserve-int8da-int4w-kv8": ("int8-dynamic-act-int4-weight", ("--kv-cache-dtype", "int8")),
     "qserve-int4wo": ("int4-weight-only", ()),
     "qserve-int8da-int8w": ("int8-dynamic-act-int8-weight", ()),

@@ -112,8 +112,7 @@ class ModelRunner:
         if not chunks:
             return []
         requests = [request for chunk in chunks for request in _suppose(chunk)]
-        samples_all = len(requests) == len(hidden)
-        logits = self._model.logits(hidden if samples_all else hidden[batch.sample_rows])
+        logits = self._model.logits(hidden if len(requests) == len(hidden) else _take(hidden, batch.sample_rows))
         kept = list(_keep_right(chunks, self._sampler.sample(logits, requests)))
         reported = {row: token for tokens in kept for row, token in tokens.items() if _is_reported(requests[row])}
         scores = _score_rows(logits, requests, reported) if reported else {}
@@ -147,6 +146,13 @@ class ModelRunner:
             end = min(start + _NUM_SCORED, num_rows)
             found += logprobs_of(self._model.logits(hidden[start:end]), targets[start:end], num_top=num_top)
         return tuple(found)
+
+
+def _take(hidden: Tensor, rows: Tensor) -> Tensor:
+    """These rows. Many of them torch would take with threads, that then wait spinning beside those of the kernels."""
+    if hidden.device.type != "cpu":
+        return hidden[rows]
+    return torch.from_numpy(hidden.numpy()[rows.numpy()])
 
 
 def _suppose(chunk: Chunk) -> list[Request]:

@@ -20,7 +20,7 @@ from qserve.engine.request import Chunk, FinishReason, Request, Sampled, TokenEv
 from qserve.engine.stats import Stats
 from qserve.errors import ContextLengthExceeded, InvalidRequest, UsageError
 
-_MAX_SAMPLED = 64  # rows of a step, guesses among them; more are no faster together than in turns
+_MAX_SAMPLED = 64  # rows of a step with guesses; more are no faster together than in turns, and take more memory
 
 
 def _order(request: Request) -> tuple[int, int]:
@@ -125,7 +125,8 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step: who runs already goes on, then who waits is admitted."""
         chunks: list[Chunk] = []
-        budget, max_drafted = self.config.max_step_tokens, _MAX_SAMPLED - len(self._running)
+        budget = self.config.max_step_tokens
+        max_drafted = _MAX_SAMPLED - min(len(self._requests), self.config.max_running)
         while len(chunks) < len(self._running):
             request = self._running[len(chunks)]
             if not self._extend(request):

@@ -88,10 +88,11 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--speculative-tokens", type=int, default=0, help="guesses, which change what a step is")
     parser.add_argument("--samplings", nargs="+", choices=_SAMPLINGS, default=[*_SAMPLINGS], help="by default all")
     arguments = parser.parse_args()
     model = arguments.model or get_model("smollm2", "int8-dynamic-act-int4-weight")
-    llm = build_llm(model, engine=EngineConfig(speculative_tokens=0))
+    llm = build_llm(model, engine=EngineConfig(speculative_tokens=arguments.speculative_tokens))
     samplings = {way: replace(_SAMPLINGS[way], max_tokens=arguments.tokens) for way in arguments.samplings}
     try:
         found = asyncio.run(compare(llm, samplings, num_rows=arguments.rows, repeats=arguments.repeats))

@@ -56,6 +56,8 @@ class Constraint(Protocol):
     def accept(self, token_id: int) -> None: ...
     def allowed(self) -> bytes: ...  # one bit for each token id, the lowest bit of the first byte for id 0
     def find_allowed(self, token_ids: Sequence[int]) -> int | None: ...  # the first of these that is, for far less
+    def correct(self, guess: Sequence[int]) -> Sequence[int]: ...  # what must come next; else of the guess what may
+    def supposing(self, token_ids: Sequence[int]) -> "Constraint": ...  # as it will be if these come next
 
 
 class Request:
@@ -130,9 +132,9 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
     def supposing(self, token_ids: Sequence[int]) -> "Request":
-        """As it will be if these come next, for whoever chooses what comes then. Not with a constraint, which moves."""
-        assert self.constraint is None, self.id
-        supposed = Request(self.id, [*self.token_ids, *token_ids], self.params)
+        """As it will be if these come next, for whoever chooses what comes then."""
+        constraint = None if self.constraint is None else self.constraint.supposing(token_ids)
+        supposed = Request(self.id, [*self.token_ids, *token_ids], self.params, constraint=constraint)
         supposed.num_prompt_tokens = self.num_prompt_tokens
         return supposed
 

@@ -201,16 +201,15 @@ class Scheduler:
         return chunk
 
     def _draft(self, request: Request, *, limit: int) -> tuple[int, ...]:
-        """Guesses of what comes after the newest token, within what may come, and with blocks that nobody else lacks.
-
-        A constraint moves with each token and so cannot be asked about the next but one.
-        """
+        """Guesses of what comes after the newest token, within what may come, in blocks that nobody else lacks."""
         num_left = request.params.max_tokens - request.num_output_tokens - 1
         limit = min(limit, num_left, self.config.speculative_tokens)
-        if limit <= 0 or request.constraint is not None:
+        if limit <= 0:
             return ()
         drafter = self._drafters.setdefault(request.id, Drafter())
         draft_ids = drafter.propose(request.token_ids, limit=limit)
+        if request.constraint is not None:
+            draft_ids = tuple(request.constraint.correct(draft_ids)[:limit])
         if not self._blocks.extend(request, num_ahead=len(draft_ids)):
             return ()
         return draft_ids

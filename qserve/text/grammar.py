@@ -174,6 +174,17 @@ class GrammarConstraint:
             self._bits = self._find_bits()
         return next((token_id for token_id in token_ids if self._allows(token_id)), None)
 
+    def correct(self, guess: Sequence[int]) -> Sequence[int]:
+        """The tokens that must come next, where only one text can follow; else as much of the guess as may come."""
+        return self._matcher.compute_ff_tokens() or guess[: self._matcher.validate_tokens([*guess])]
+
+    def supposing(self, token_ids: Sequence[int]) -> "GrammarConstraint":
+        """As it will be if these come next; this one stays as it is."""
+        supposed = GrammarConstraint(self._matcher.deep_copy(), stop_ids=self._stop_ids, num_bytes=self._num_bytes)
+        for token_id in token_ids:
+            supposed.accept(token_id)
+        return supposed
+
     def _allows(self, token_id: int) -> bool:
         if self._bits is not None:
             return bool(self._bits[token_id // 8] >> token_id % 8 & 1)

@@ -4,6 +4,8 @@ import json
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -39,8 +41,12 @@ CHAT = [{"role": "user", "content": "Hello"}]
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    directory = tiny.make_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def llm(directory: Path) -> Iterator[LLM]:
     # A cache this small makes those who run together be preempted.
     llm = build_llm(directory, engine=EngineConfig(max_running=16), device=DeviceConfig(kv_cache_mb=1))
     yield llm
@@ -101,6 +107,19 @@ def test_json_is_valid_under_its_schema(client: httpx.Client, fields: dict[str, 
     choice = complete(client, seed=seed, **fields)
     assert choice["finish_reason"] == "stop"
     check_person(choice["text"])
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {}, {"top_p": 0.9}, {"repetition_penalty": 1.2}])
+def test_guesses_change_no_text(llm: LLM, client: httpx.Client, directory: Path, sampling: dict[str, Any]) -> None:
+    people = {"type": "array", "items": PERSON, "minItems": 3, "maxItems": 3}
+    asked = [{"structured_outputs": {"json": people}}, {"structured_outputs": {"regex": "((yes|no), ){20}"}}]
+    num_accepted = llm.loop.stats.num_accepted_tokens
+    found = [complete(client, max_tokens=400, logprobs=2, **sampling, **each) for each in asked]
+    assert llm.loop.stats.num_accepted_tokens > num_accepted
+    with closing(build_llm(directory, engine=EngineConfig(speculative_tokens=0))) as plain:
+        with listening(Service(plain)) as address, httpx.Client(base_url="http://{}:{}".format(*address)) as other:
+            assert [complete(other, max_tokens=400, logprobs=2, **sampling, **each) for each in asked] == found
+        assert plain.loop.stats.num_draft_tokens == 0
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

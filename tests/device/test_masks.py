@@ -35,6 +35,12 @@ class Bits:
     def find_allowed(self, token_ids: Sequence[int]) -> int | None:
         return next((each for each in token_ids if self._bits[each // 8] >> each % 8 & 1), None)
 
+    def correct(self, guess: Sequence[int]) -> Sequence[int]:
+        raise AssertionError("the device only reads")
+
+    def supposing(self, token_ids: Sequence[int]) -> "Bits":
+        return self
+
 
 def _request(*, output: tuple[int, ...] = (), constraint: Bits | None = None, **params: Any) -> Request:
     request = Request("r", [1, 2, 3], SamplingParams(max_tokens=1000, **params), constraint=constraint)

@@ -44,6 +44,12 @@ class Permitted:
         self.num_asked += len(token_ids)
         return next((token_id for token_id in token_ids if self._flags[token_id]), None)
 
+    def correct(self, guess: Sequence[int]) -> Sequence[int]:
+        raise AssertionError("the device only reads")
+
+    def supposing(self, token_ids: Sequence[int]) -> "Permitted":
+        return self
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:

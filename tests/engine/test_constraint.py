@@ -31,6 +31,14 @@ class Recorder:
     def find_allowed(self, token_ids: Sequence[int]) -> int | None:
         return token_ids[0]
 
+    def correct(self, guess: Sequence[int]) -> Sequence[int]:
+        return guess
+
+    def supposing(self, token_ids: Sequence[int]) -> "Recorder":
+        supposed = Recorder(self._length)
+        supposed.heard = [*self.heard, *token_ids]
+        return supposed
+
 
 def test_every_token_is_heard_once_though_requests_are_preempted() -> None:
     config = EngineConfig(max_running=4, max_step_tokens=16, block_size=4)

@@ -1,5 +1,6 @@
 """Guesses: the same text in fewer steps, whatever ends it, and nobody else pays for them."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -96,8 +97,18 @@ def test_nobody_is_preempted_for_a_guess() -> None:
     assert [event.token_id for event in events["a"]] == [event.token_id for event in events["b"]]
 
 
-def test_a_constraint_is_not_guessed_past() -> None:
-    recorder = Recorder(40)
-    _, _, device = run(Request("a", [0], PARAMS, constraint=recorder))
-    assert not any(device.drafts)
+class Knowing(Recorder):
+    """Knows what must come for as long as it is not more than 3."""
+
+    def correct(self, guess: Sequence[int]) -> Sequence[int]:
+        last = self.heard[-1]
+        return range(last + 1, 4) if last < 3 else guess
+
+
+@pytest.mark.parametrize("make", [Recorder, Knowing])
+def test_a_constraint_hears_what_was_right_and_corrects_guesses(make: type[Recorder]) -> None:
+    recorder = make(40)
+    _, scheduler, device = run(Request("a", [0], PARAMS, constraint=recorder))
     assert recorder.heard == [number % 5 for number in range(1, 41)]
+    assert scheduler.stats.num_accepted_tokens > 0
+    assert ((2, 3) in device.drafts) == (make is Knowing)

@@ -239,6 +239,28 @@ def test_a_token_alone_is_allowed_exactly_where_its_bit_is_set(
             constraint.accept(random_.choice(going_on))
 
 
+def test_what_must_come_and_what_may(byte_level: Tokenizer) -> None:
+    """All along a text: what must come is the one thing that may; of a guess is left what may come, token by token."""
+    grammar, text = compile_(byte_level, from_choices(["abcdef! abc", "abcdef? ab"], param="p")), "abcdef! abc"
+    constraint, ids = grammar.start(stop_ids=END), byte_level.encode("abcdef! abc", add_special_tokens=False)
+    num_forced = 0
+    for place, token_id in enumerate(ids):
+        before = constraint.allowed()
+        forced, rest = constraint.correct([]), ids[place:]
+        num_forced += len(forced)
+        assert text.startswith(byte_level.decode([*ids[:place], *forced]))
+        for number, each in enumerate(forced):
+            assert allowed_ids(constraint.supposing(forced[:number]), 512) == [each]
+        if not forced:
+            assert constraint.correct([*rest, 5]) == rest
+            assert constraint.correct([rest[0], 2]) == rest[:1]
+        assert constraint.supposing([5]).allowed() == bytes(64)
+        assert constraint.allowed() == before
+        constraint.accept(token_id)
+    assert num_forced > 0
+    assert constraint.is_finished
+
+
 @pytest.mark.parametrize("size", [500, 512, 520])
 def test_a_model_with_other_rows_than_the_tokenizer_has_tokens(byte_level: Tokenizer, size: int) -> None:
     grammar = GrammarCompiler(byte_level, vocabulary_size=size).compile(from_regex("(.|\\n)+", param="p"))

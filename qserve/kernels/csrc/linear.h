@@ -121,11 +121,11 @@ struct Blocks {
   static Range range(const Pieces& pieces, int64_t piece) { return {pieces.begin(piece), pieces.end(piece)}; }
 };
 
-// Many rows are shared out by row, so that weights are unpacked once for so many rows that it costs little; few rows by
-// channel. Tasks are so many that threads end together.
-inline Blocks split_blocks(const Weight& w, int64_t num_rows, const Team& team) {
+// Rows are shared out where a thread's share is `many`, so that weights are unpacked once for so many rows that it costs
+// little; else channels. Tasks are so many that threads end together.
+inline Blocks split_blocks(const Weight& w, int64_t num_rows, const Team& team, int64_t many) {
   constexpr int64_t kTasksPerThread = 8;
-  const Pieces rows = are_many(num_rows, team) ? share_rows(num_rows, team) : Pieces{num_rows, num_rows};
+  const Pieces rows = count_share(num_rows, team) >= many ? share_rows(num_rows, team) : Pieces{num_rows, num_rows};
   const int64_t tasks = team.size() * kTasksPerThread, tiles = w.tiles() + w.tiles() % 2;
   const int64_t size = (tiles * rows.count() + tasks - 1) / tasks;
   return {rows, {w.tiles(), size + size % 2}};

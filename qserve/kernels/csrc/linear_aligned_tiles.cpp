@@ -99,10 +99,10 @@ QSERVE_INLINE void multiply_lower(const int8_t* inputs, int64_t stride) {
   tile_dot<true, 3, 5, 7>();
 }
 
-// Up to 32 rows: unpacking takes longer than the products. A step of weights is unpacked some steps before its turn, into
-// a ring that stays in the first cache.
+// A block of up to 32 rows: unpacking takes longer than the products. A step of weights is unpacked some steps before its
+// turn, into a ring that stays in the first cache.
 template <class Unpacker, bool IsNarrow>
-void multiply_few(const Weight& w, const Rows& rows, const Output& output, Range tiles) {
+void multiply_few(const Weight& w, const Rows& rows, const Output& output, Range block, Range tiles) {
   constexpr int kAhead = 3, kRing = 4;
   Scratch& scratch = thread_scratch();
   scratch.reset();
@@ -120,17 +120,17 @@ void multiply_few(const Weight& w, const Rows& rows, const Output& output, Range
   int64_t now = 0;
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
     clear_sums();
-    const int8_t* inputs = rows.codes;
+    const int8_t* inputs = rows.codes + block.begin * rows.stride;
     for (const int64_t end = now + steps; now < end; ++now, inputs += kStep) {
       multiply_upper<false>(inputs, rows.stride, place(now));
       unpack_half(0, now + kAhead);
       results.put(some_rows);
-      if (rows.count > 16) multiply_lower<false>(inputs, rows.stride);
+      if (block.end - block.begin > 16) multiply_lower<false>(inputs, rows.stride);
       unpack_half(1, now + kAhead);
       results.put(some_rows);
     }
     store_sums(sums);
-    results.set(sums, tile, 0, rows.count);
+    results.set(sums, tile, block.begin, block.end);
   }
   results.put(kBlockRows);
 }
@@ -175,7 +175,7 @@ void multiply_many(const Weight& w, const Rows& rows, const Output& output, Rang
 template <class Unpacker, bool IsNarrow>
 void multiply_block(const Weight& w, const Rows& rows, const Output& output, Range block, Range tiles) {
   const TileScope scope(16);
-  if (rows.count <= kBlockRows) return multiply_few<Unpacker, IsNarrow>(w, rows, output, tiles);
+  if (block.end - block.begin <= kBlockRows) return multiply_few<Unpacker, IsNarrow>(w, rows, output, block, tiles);
   const bool is_cut = w.padded_features() > kMostSteps * kStep;
   const auto multiply = is_cut ? multiply_many<Unpacker, IsNarrow, true> : multiply_many<Unpacker, IsNarrow, false>;
   multiply(w, rows, output, block, tiles);
@@ -203,7 +203,8 @@ bool uses_aligned_tiles(const Weight& w, int num_rows) {
 }
 
 void multiply_aligned_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team) {
-  const Blocks blocks = split_blocks(w, rows.count, team);
+  constexpr int64_t kMany = 25;  // measured: two tiles, the second half full
+  const Blocks blocks = split_blocks(w, rows.count, team, kMany);
   const Multiply multiply = choose_multiply(w);
   team.run(blocks.count(), [&](int64_t task) { multiply(w, rows, output, blocks.rows_of(task), blocks.tiles_of(task)); });
 }

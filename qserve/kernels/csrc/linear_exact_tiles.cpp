@@ -284,7 +284,8 @@ bool uses_exact_tiles(const Weight& w, int num_rows) {
 }
 
 void multiply_exact_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team) {
-  const Blocks blocks = split_blocks(w, rows.count, team);
+  constexpr int64_t kMany = 32;  // measured
+  const Blocks blocks = split_blocks(w, rows.count, team, kMany);
   const Multiply multiply = choose_multiply(w);
   team.run(blocks.count(), [&](int64_t task) {
     const TileScope scope(16);

@@ -218,7 +218,8 @@ bool multiply_integer_tiles(const Weight& w, const Rows& rows, const Output& out
       {multiply_piece<kDynamicInputs, true>, multiply_piece<kGroupInputs, true>, multiply_piece<kRowInputs, true>},
   };
   const auto kernel = kernels[w.offsets != nullptr][inputs_of(w)];
-  const Blocks blocks = split_blocks(w, rows.count, team);
+  constexpr int64_t kMany = 64;  // measured
+  const Blocks blocks = split_blocks(w, rows.count, team, kMany);
   team.run(blocks.count(), [&](int64_t task) {
     const Range block = blocks.rows_of(task), tiles = blocks.tiles_of(task);
     for (int64_t tile = tiles.begin; tile < tiles.end; tile += 2)

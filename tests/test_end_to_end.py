@@ -69,7 +69,7 @@ def test_half_of_the_clients_hang_up_and_the_others_get_the_text_they_get_alone(
         limits = httpx.Limits(max_connections=len(prompts))
         async with httpx.AsyncClient(base_url=demo, timeout=120, limits=limits) as client:
             streams = [
-                read_stream(client, prompt, hang_up_after=None if number % 8 < 4 else 20)
+                read_stream(client, prompt, hang_up_after=None if number % 8 < 4 else 5)
                 for number, prompt in enumerate(prompts)
             ]
             return await asyncio.gather(*streams)

@@ -45,6 +45,15 @@ def test_every_byte_of_a_short_stream(server: Server) -> None:
     assert len(chunks) == 2
 
 
+def test_what_came_in_one_step_goes_in_one_frame(server: Server) -> None:
+    """A text of one token again and again is guessed, up to 15 tokens ahead."""
+    _, chunks = read_stream(server, prompt="Hello", max_tokens=60, logit_bias={"300": 100}, logprobs=0)
+    choices = [json.loads(chunk[6:])["choices"][0] for chunk in chunks[:-1]]
+    assert "".join(choice["text"] for choice in choices) == server.llm.tokenizer.decode([300] * 60)
+    assert sum(len(choice["logprobs"]["tokens"]) for choice in choices) == 60
+    assert len(choices) < 20
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_frames_are_ascii_and_end_in_two_line_feeds(server: Server, path: str) -> None:
     prompt = {"prompt": "東京"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "東京"}]}

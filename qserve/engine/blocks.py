@@ -79,13 +79,21 @@ class BlockPool:
         request.prefix_id = self._prefix_ids[shared[-1]] if shared else NO_PREFIX
         return True
 
-    def extend(self, request: Request, *, num_ahead: int = 0) -> bool:
-        """Give a request the blocks that its newest tokens lack, and as many ahead; False when there are not enough."""
+    def extend(self, request: Request, *, num_ahead: int = 0, num_spare: int = 0) -> bool:
+        """Give a request the blocks that its newest tokens lack, and so many tokens ahead.
+
+        False, and nothing given, when it lacks some and fewer than `num_spare` blocks would stay available.
+        """
         num_new = self.num_needed(len(request.token_ids) + num_ahead) - len(request.block_ids)
-        if num_new > self.num_available:
+        if num_new > max(self.num_available - num_spare, 0):
             return False
         request.block_ids += [self._take() for _ in range(num_new)]
         return True
+
+    def trim(self, request: Request) -> None:
+        """Take back the blocks that a request had for more tokens than came."""
+        while len(request.block_ids) > self.num_needed(request.num_tokens):
+            self._let_go(request.block_ids.pop())
 
     def publish(self, request: Request, *, end: int) -> None:
         """Let others find the request's full blocks below position `end`."""

@@ -2,7 +2,8 @@
 
 There are no phases: every request has a number of computed tokens that catches up with its tokens, and a step hands
 out a budget of tokens. A prompt in pieces, a decoded token, a found prefix and a request that must start again are all
-the same subtraction. Deterministic: the same calls in the same order give the same chunks.
+the same subtraction; guesses come on top of it where there is room. Deterministic: the same calls in the same order
+give the same chunks.
 
 Knows no device and no threads; driven by `engine.py`.
 """
@@ -176,7 +177,7 @@ class Scheduler:
             return None
         request = self._waiting[0]
         # A block to spare for each who runs, or the newcomer would soon be preempted by their growth.
-        if not self._blocks.admit(request, num_spare=len(self._running)):
+        if not self._blocks.admit(request, num_spare=0):
             return None
         del self._waiting[0]
         insort(self._running, request, key=_order)
@@ -210,9 +211,9 @@ class Scheduler:
         draft_ids = drafter.propose(request.token_ids, limit=limit)
         if request.constraint is not None:
             draft_ids = tuple(request.constraint.correct(draft_ids)[:limit])
-        if not self._blocks.extend(request, num_ahead=len(draft_ids)):
-            return ()
-        return draft_ids
+        # A block to spare for each who runs, or somebody might be preempted for a guess.
+        has_room = self._blocks.extend(request, num_ahead=len(draft_ids), num_spare=len(self._running))
+        return draft_ids if has_room else ()
 
     def _advance(self, chunk: Chunk, answer: Sampled, *, now: float) -> list[TokenEvent]:
         request = chunk.request
@@ -231,7 +232,8 @@ class Scheduler:
         for token_id, logprobs in zip(token_ids or (None,), answer.logprobs or repeat(()), strict=False):
             events.append(self._take_token(request, token_id, logprobs, scores=() if events else scores, now=now))
             if events[-1].finish_reason is not None:
-                break
+                return events
+        self._blocks.trim(request)
         return events
 
     def _learn(self, chunk: Chunk, *, num_right: int) -> None:
@@ -299,6 +301,5 @@ class Scheduler:
         for request in running:
             num_slots = len(request.block_ids) * self.config.block_size
             assert request.num_computed_tokens < request.num_tokens, "a running request has nothing to compute"
-            most = request.num_tokens + self.config.speculative_tokens
-            assert request.num_computed_tokens <= num_slots < most + self.config.block_size
+            assert request.num_computed_tokens <= num_slots < request.num_tokens + self.config.block_size
         self._blocks.check(running)

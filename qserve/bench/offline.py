@@ -83,6 +83,7 @@ async def _run_all(llm: LLM, prompts: Sequence[Sequence[int]], output_len: int) 
 
 async def _run_one(llm: LLM, prompt: Sequence[int], output_len: int) -> tuple[float, int]:
     """When the first text came, and how many tokens it was in the end."""
+    # Drawn: the likeliest answers to random prompts go round in circles, which would flatter guesses.
     options = GenerationOptions(sampling=SamplingParams(max_tokens=output_len), ignore_eos=True)
     first, number = 0.0, 0
     async for delta in llm.stream(Prompt(ids=prompt), options):

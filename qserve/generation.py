@@ -98,8 +98,8 @@ class TextAssembler:
         self._num_output_tokens = 0
         self._num_cached_tokens = 0
 
-    def add(self, event: TokenEvent, *, is_last: bool = True) -> TextDelta | None:
-        """Takes in one event; after the last for now the text that can be sent, if there is any."""
+    def add(self, event: TokenEvent) -> TextDelta | None:
+        """Takes in one event; after a step's last the text that can be sent now, if there is any."""
         self._prompt_logprobs += event.prompt_logprobs
         self._num_cached_tokens = max(self._num_cached_tokens, event.num_cached_tokens)
         finish_reason: FinishReason | None = event.finish_reason
@@ -113,7 +113,7 @@ class TextAssembler:
             self._text += self._stops.finish()
         if self._stops.matched is not None:
             finish_reason, stop_reason = FinishReason.STOP, self._stops.matched
-        if finish_reason is None and not (self._text and is_last):
+        if finish_reason is None and (event.has_more or not self._text):
             return None
         return self._take(finish_reason, stop_reason, pooled=event.pooled)
 

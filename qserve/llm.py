@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
-from qserve.engine.loop import EngineLoop, EventStream
-from qserve.engine.request import FinishReason, Request, SamplingParams
+from qserve.engine.loop import EngineLoop
+from qserve.engine.request import FinishReason, Request, SamplingParams, TokenEvent
 from qserve.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
@@ -213,7 +213,7 @@ class Generation:
         llm: LLM,
         request: Request,
         assembler: TextAssembler,
-        events: EventStream,
+        events: AsyncIterator[TokenEvent],
         *,
         deadline: Deadline | None = None,
     ) -> None:
@@ -252,8 +252,7 @@ class Generation:
                     "No token was left that the request allows: its grammar grew too complex for what was said, or "
                     "it does not go together with allowed_token_ids, bad_words or min_tokens."
                 )
-            # What came in one step, or while this was not read, goes on together.
-            delta = self._assembler.add(event, is_last=not self._events.has_token)
+            delta = self._assembler.add(event)
             if delta is not None:
                 return delta
         raise NotReady("The server is ending, and this request was cut short: send it again, elsewhere or later.")

@@ -46,11 +46,6 @@ class _Mailbox:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
-    @property
-    def has_token(self) -> bool:
-        item = self._items[0] if self._items else None
-        return isinstance(item, TokenEvent) and item.token_id is not None
-
     async def get(self) -> Item:
         while not self._items:
             self._reader = self.event_loop.create_future()
@@ -84,11 +79,6 @@ class EventStream(AsyncIterator[TokenEvent]):
             raise item
         self._is_finished = item.finish_reason is not None
         return item
-
-    @property
-    def has_token(self) -> bool:
-        """Whether the next event is here already and tells a token."""
-        return self._mailbox.has_token
 
     async def aclose(self) -> None:
         """End the request if it has not ended: its blocks are free before the next step."""

@@ -213,6 +213,7 @@ class TokenEvent:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
     finish_reason: FinishReason | None = None
+    has_more: bool = False  # another token of the same step follows
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
     pooled: tuple[float, ...] = ()  # the whole sum, with the last event
 

@@ -230,9 +230,10 @@ class Scheduler:
         events: list[TokenEvent] = []
         token_ids = answer.token_ids if request.params.max_tokens else ()
         for token_id, logprobs in zip(token_ids or (None,), answer.logprobs or repeat(()), strict=False):
-            events.append(self._take_token(request, token_id, logprobs, scores=() if events else scores, now=now))
-            if events[-1].finish_reason is not None:
-                return events
+            event = self._take_token(request, token_id, logprobs, scores=() if events else scores, now=now)
+            if event.finish_reason is not None:
+                return [*events, event]
+            events.append(replace(event, has_more=True) if len(events) < num_right else event)
         self._blocks.trim(request)
         return events
 

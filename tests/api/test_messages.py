@@ -135,7 +135,7 @@ def test_arguments_stream(chat: Chat) -> None:
     events, message = stream(chat, tools=[TOOL], tool_choice=choice, max_tokens=120)
     (call,) = message.content
     deltas = [event.delta.partial_json for event in events if event.type == "content_block_delta"]
-    assert all(deltas)
+    assert len(deltas) > 3
     assert json.loads("".join(deltas)) == call.input
     assert message.stop_reason == "tool_use"
 

@@ -122,7 +122,7 @@ def test_every_event_of_a_call(chat: Chat) -> None:
     events = list(ask(chat, **fields, stream=True, max_output_tokens=120))
     names = [event.type.removeprefix("response.") for event in events]
     grown = names.count("function_call_arguments.delta")
-    assert grown
+    assert grown > 3
     assert names == [
         *("created", "in_progress", "output_item.added"),
         *["function_call_arguments.delta"] * grown,

@@ -13,7 +13,7 @@ import pytest
 
 from qserve.api.service import Service
 from qserve.build import build_llm
-from qserve.config import DeviceConfig
+from qserve.config import DeviceConfig, EngineConfig
 from qserve.text.tools import find_tool_format
 from tests import tiny
 from tests.api.conftest import listening
@@ -66,7 +66,8 @@ def served(directory: Path, template: str) -> Iterator[Chat]:
     tiny.make_checkpoint(directory)
     file = directory / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template}))
-    llm = build_llm(directory, device=DeviceConfig(kv_cache_mb=8))
+    # No guesses: a frame for each token.
+    llm = build_llm(directory, engine=EngineConfig(speculative_tokens=0), device=DeviceConfig(kv_cache_mb=8))
     try:
         with listening(Service(llm)) as (host, port):
             url = f"http://{host}:{port}"
@@ -115,11 +116,8 @@ class TestForced:
         assert put_together(chunks) == (found, "", ["tool_calls"])
 
     def test_arguments_stream(self, chat: Chat) -> None:
-        """However many frames that are: what must come next comes with what came before."""
         chunks = list(ask(chat, tool_choice=NAMED, stream=True))
-        [(name, arguments)] = put_together(chunks)[0]
-        assert name == "get_weather"
-        assert json.loads(arguments)["city"] in ("Paris", "Rome")
+        assert sum(bool(chunk.choices[0].delta.tool_calls) for chunk in chunks) > 3
 
     def test_every_choice_calls(self, chat: Chat) -> None:
         choices = ask(chat, tool_choice=NAMED, n=3, temperature=1.5).choices

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bench.bandwidth import read_bandwidth
 from qserve.bench.machine import describe_circumstances
+from qserve.kernels.arena import keep_free_memory
 from qserve.kernels.native import NativeOps, open_native
 from qserve.kernels.reference import ReferenceOps
 from qserve.quant.weight import ActivationQuantization, QuantizedWeight, Weight
@@ -84,6 +85,7 @@ def main() -> int:
     options = parser.parse_args()
     shapes = [(int(out), int(width)) for out, _, width in (each.partition("x") for each in options.shapes.split(","))]
     rows = [int(number) for number in options.rows.split(",")]
+    keep_free_memory()  # as a server does: results of many rows would else be new memory, page by page, in every call
     ops = open_native(num_threads=options.threads)
     torch.set_num_threads(ops.num_threads)
     circumstances = describe_circumstances()

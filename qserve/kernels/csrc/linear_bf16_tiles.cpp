@@ -1,6 +1,8 @@
 // bfloat16 and float8 weights by AMX, for any number of rows: a weight is exact in bfloat16, an input is the sum of two
-// bfloat16 numbers, which are two rows of AMX. The sum over the input runs inside one tile in ascending order, so a
-// row's result is the same whatever stands in the other rows.
+// bfloat16 numbers, which are two rows of AMX. The sum over the input runs in ascending order inside one tile, or goes on
+// from where it was left, so a row's result is the same whatever stands in the other rows.
+#include <algorithm>
+
 #include "linear.h"
 #include "tiles.h"
 
@@ -10,122 +12,188 @@ namespace qserve {
 
 namespace {
 
-constexpr int kPairsPerTile = 16;  // of inputs: a tile of weights is (16 pairs, 16 channels, 2)
-constexpr int kTileBytes = 1024;
+constexpr int kTileRows = 16;
+constexpr int kStep = 32;  // inputs of one product of tiles: a tile of weights is (16 pairs of inputs, 16 channels, 2)
+constexpr int kTileNumbers = kStep * kLanes, kTileBytes = 2 * kTileNumbers;
 
-// A tile of float8 weights, (16 pairs, 16 channels, 2) bytes, as bfloat16.
+// Tiles of float8 weights, of as many bytes, as bfloat16.
 template <int Type>
 void widen_tiles(const uint8_t* codes, int64_t count, uint16_t* to) {
   for (int64_t i = 0; i < count; i += kLanes) store(to + i, upper_halves((U32)load_float<Type>(codes, i)));
 }
 
+// Some steps of some tiles of channels.
+struct Slab {
+  Range tiles;
+  int64_t first, count;
+};
+
+// Its weights, as bfloat16.
 struct Columns {
-  const uint8_t* first;  // of a tile of channels, as bfloat16
+  const uint8_t* first;  // of a tile of channels
   int64_t stride;        // bytes to the next tile of channels
 };
 
-struct BlockKernel {
-  const Weight& w;
-  const Rows& rows;
-  const Output& output;
-  int tile;
-  int num_tiles;
+// `wide` has room for a slab of weights that are float8.
+Columns columns_of(const Weight& w, const Slab& slab, uint16_t* wide) {
+  const int64_t all = (int64_t)w.padded_features() * kLanes, begin = slab.tiles.begin * all + slab.first * kTileNumbers;
+  if (w.value_type == kBF16) return {w.codes + begin * 2, all * 2};
+  const int64_t numbers = slab.count * kTileNumbers, count = slab.tiles.end - slab.tiles.begin;
+  const auto widen = w.value_type == kE4M3 ? widen_tiles<kE4M3> : widen_tiles<kE5M2>;
+  for (int64_t t = 0; t < count; ++t) widen(w.codes + begin + t * all, numbers, wide + t * numbers);
+  return {(const uint8_t*)wide, numbers * 2};
+}
 
-  int rows_per_tile() const { return 16 / rows.planes; }
+uint16_t* take_wide(const Weight& w, int64_t steps, int64_t tiles) {
+  return w.value_type == kBF16 ? nullptr : thread_scratch().take<uint16_t>(steps * tiles * kTileNumbers);
+}
 
-  // One tile of rows by up to four of channels: every weight is read once.
-  void multiply_few(const Columns& columns, int64_t row) const {
-    alignas(64) float sums[4 * 256];
-    const int64_t stride = rows.stride * 2;
-    const uint16_t* inputs = rows.halves + row * rows.planes * rows.stride;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t at = 0; at < w.padded_features() / 32; ++at) {
-      const uint8_t* weights = columns.first + at * kTileBytes;
-      _tile_loadd(4, inputs + at * 32, stride);
-      for (int i = 0; i < 16; ++i)
-        for (int t = 0; t < num_tiles; ++t) __builtin_prefetch(weights + t * columns.stride + 4 * kTileBytes + i * 64);
-      _tile_loadd(6, weights, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      if (num_tiles > 1) {
-        _tile_loadd(7, weights + columns.stride, 64);
-        _tile_dpbf16ps(1, 4, 7);
-      }
-      if (num_tiles > 2) {
-        _tile_loadd(6, weights + 2 * columns.stride, 64);
-        _tile_dpbf16ps(2, 4, 6);
-      }
-      if (num_tiles > 3) {
-        _tile_loadd(7, weights + 3 * columns.stride, 64);
-        _tile_dpbf16ps(3, 4, 7);
-      }
-    }
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + 256, 64);
-    _tile_stored(2, sums + 512, 64);
-    _tile_stored(3, sums + 768, 64);
-    for (int t = 0; t < num_tiles; ++t) put(row, t, sums + t * 256);
+int64_t rows_per_tile(const Rows& rows) { return kTileRows / rows.planes; }
+
+// Where the results of a tile of channels go.
+class Place {
+ public:
+  Place(const Weight& w, const Rows& rows, const Output& output, int64_t tile)
+      : rows_(&rows),
+        output_(output, (int)tile),
+        scale_(w.scales == nullptr ? splat(1.0f) : load_float(w.scale_type, w.scales, tile * kLanes)),
+        has_row_scales_(w.activation == kFloat8) {}
+
+  // From the sums of a row's planes, `stride` apart.
+  QSERVE_INLINE void put(int64_t row, const float* sums, int64_t stride) const {
+    F32 y = load<F32>(sums);
+    if (rows_->planes == 2) y += load<F32>(sums + stride);
+    if (has_row_scales_) y *= splat(rows_->scales[row]);
+    output_.put(row, y * scale_);
   }
 
-  // Two tiles of rows by two of channels, twice.
-  void multiply_many(const Columns& columns, int64_t row, int first) const {
-    alignas(64) float sums[4 * 256];
-    const int64_t stride = rows.stride * 2;
-    const uint16_t* upper = rows.halves + row * rows.planes * rows.stride;
-    const uint16_t* lower = upper + 16 * rows.stride;
-    const uint8_t* left = columns.first + first * columns.stride;
-    const uint8_t* right = first + 1 < num_tiles ? left + columns.stride : left;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t at = 0; at < w.padded_features() / 32; ++at) {
-      _tile_loadd(4, upper + at * 32, stride);
-      _tile_loadd(6, left + at * kTileBytes, 64);
-      _tile_loadd(7, right + at * kTileBytes, 64);
-      _tile_loadd(5, lower + at * 32, stride);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + 256, 64);
-    _tile_stored(2, sums + 512, 64);
-    _tile_stored(3, sums + 768, 64);
-    for (int i = 0; i < 4; ++i)
-      if (first + i % 2 < num_tiles) put(row + i / 2 * rows_per_tile(), first + i % 2, sums + i * 256);
-  }
-
-  QSERVE_INLINE void put(int64_t first_row, int t, const float* sums) const {
-    const F32 scale = w.scales == nullptr ? splat(1.0f) : load_float(w.scale_type, w.scales, (tile + t) * kLanes);
-    for (int r = 0; r < rows_per_tile() && first_row + r < rows.count; ++r) {
-      F32 y = load<F32>(sums + r * rows.planes * kLanes);
-      if (rows.planes == 2) y += load<F32>(sums + (2 * r + 1) * kLanes);
-      if (w.activation == kFloat8) y *= splat(rows.scales[first_row + r]);
-      output.put(first_row + r, tile + t, y * scale);
-    }
-  }
-
-  void multiply(const Columns& columns, int64_t begin, int64_t end) const {
-    int64_t row = begin;
-    for (; end - row > rows_per_tile(); row += 2 * rows_per_tile())
-      for (int first = 0; first < num_tiles; first += 2) multiply_many(columns, row, first);
-    if (row < end) multiply_few(columns, row);
-  }
+ private:
+  const Rows* rows_;
+  OutputTile output_;
+  F32 scale_;
+  bool has_row_scales_;
 };
 
-Columns columns_of(const Weight& w, int tile, int num_tiles) {
-  const int64_t count = (int64_t)w.padded_features() * kLanes;
-  if (w.value_type == kBF16) return {w.codes + tile * count * 2, count * 2};
-  Scratch& scratch = thread_scratch();
-  scratch.reset();
-  uint16_t* wide = scratch.take<uint16_t>(count * num_tiles);
-  const auto widen = w.value_type == kE4M3 ? widen_tiles<kE4M3> : widen_tiles<kE5M2>;
-  widen(w.codes + tile * count, count * num_tiles, wide);
-  return {(const uint8_t*)wide, count * 2};
+void clear_sums() {
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
+}
+
+// One tile of rows, all there are, by up to four of channels: every weight is read once.
+void multiply_few(const Weight& w, const Rows& rows, const Output& output, Range, Range tiles) {
+  thread_scratch().reset();
+  const int64_t stride = rows.stride * 2, steps = w.padded_features() / kStep, count = tiles.end - tiles.begin;
+  const Columns columns = columns_of(w, {tiles, 0, steps}, take_wide(w, steps, count));
+  alignas(64) float sums[4][kTileRows * kLanes];
+  clear_sums();
+  for (int64_t step = 0; step < steps; ++step) {
+    const uint8_t* weights = columns.first + step * kTileBytes;
+    tile_load<4>(rows.halves + step * kStep, stride);
+    for (int i = 0; i < kTileRows; ++i)
+      for (int t = 0; t < count; ++t) __builtin_prefetch(weights + t * columns.stride + 4 * kTileBytes + i * 64);
+    tile_load<6>(weights, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (count > 1) {
+      tile_load<7>(weights + columns.stride, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (count > 2) {
+      tile_load<6>(weights + 2 * columns.stride, 64);
+      _tile_dpbf16ps(2, 4, 6);
+    }
+    if (count > 3) {
+      tile_load<7>(weights + 3 * columns.stride, 64);
+      _tile_dpbf16ps(3, 4, 7);
+    }
+  }
+  tile_store<0>(sums[0]);
+  tile_store<1>(sums[1]);
+  tile_store<2>(sums[2]);
+  tile_store<3>(sums[3]);
+  for (int t = 0; t < count; ++t) {
+    const Place place(w, rows, output, tiles.begin + t);
+    for (int64_t row = 0; row < rows.count; ++row) place.put(row, sums[t] + row * rows.planes * kLanes, kLanes);
+  }
+}
+
+constexpr int kRowSums = 2 * kLanes;  // of a row and plane: those of two tiles of channels
+constexpr int64_t kNextRow = kRowSums * sizeof(float), kLower = kTileRows * kRowSums;
+
+void load_sums(const float* sums) {
+  tile_load<0>(sums, kNextRow);
+  tile_load<1>(sums + kLanes, kNextRow);
+  tile_load<2>(sums + kLower, kNextRow);
+  tile_load<3>(sums + kLower + kLanes, kNextRow);
+}
+
+void store_sums(float* sums) {
+  tile_store<0>(sums, kNextRow);
+  tile_store<1>(sums + kLanes, kNextRow);
+  tile_store<2>(sums + kLower, kNextRow);
+  tile_store<3>(sums + kLower + kLanes, kNextRow);
+}
+
+// Adds a slab's products to the sums in tiles: two tiles of rows by two of channels. Inputs come from the second cache and
+// go past the first, where the weights stay for other rows.
+template <bool HasLower>
+void add_products(const uint16_t* inputs, int64_t row_stride, const Columns& columns, int64_t count) {
+  const uint8_t *left = columns.first, *right = columns.first + columns.stride;
+  for (; count > 0; --count, inputs += kStep, left += kTileBytes, right += kTileBytes) {
+    tile_stream<4>(inputs, row_stride * 2);
+    tile_load<6>(left, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    tile_load<7>(right, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (!HasLower) continue;
+    tile_stream<5>(inputs + kTileRows * row_stride, row_stride * 2);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// All rows of a block times a slab of two tiles of channels; where it is the last one, results are put away.
+void multiply_slab(const Weight& w, const Rows& rows, const Output& output, Range block, const Slab& slab,
+                   const Columns& columns, float* sums) {
+  const bool is_last = (slab.first + slab.count) * kStep == w.padded_features();
+  const bool has_right = slab.tiles.end - slab.tiles.begin > 1;
+  const Place left(w, rows, output, slab.tiles.begin), right(w, rows, output, slab.tiles.end - 1);
+  const int64_t together = 2 * rows_per_tile(rows);
+  for (int64_t row = block.begin; row < block.end; row += together, sums += 2 * kLower) {
+    const int64_t end = std::min(row + together, block.end);
+    const uint16_t* inputs = rows.halves + row * rows.planes * rows.stride + slab.first * kStep;
+    slab.first == 0 ? clear_sums() : load_sums(sums);
+    const auto add = end - row > rows_per_tile(rows) ? add_products<true> : add_products<false>;
+    add(inputs, rows.stride, {columns.first, has_right ? columns.stride : 0}, slab.count);
+    store_sums(sums);
+    if (!is_last) continue;
+    const float* from = sums;
+    for (int64_t r = row; r < end; ++r, from += rows.planes * kRowSums) {
+      left.put(r, from, kRowSums);
+      if (has_right) right.put(r, from + kLanes, kRowSums);
+    }
+  }
+}
+
+// More rows. A slab of all rows' inputs stays in the second cache while some pairs of tiles of channels pass by; their sums
+// wait there for the next slab.
+void multiply_many(const Weight& w, const Rows& rows, const Output& output, Range block, Range tiles) {
+  constexpr int64_t kMostSteps = 14, kInputBytes = 512 * 1024, kSumBytes = 512 * 1024;
+  const int64_t steps = w.padded_features() / kStep, input_bytes = (block.end - block.begin) * rows.planes * rows.stride * 2;
+  const int64_t size = input_bytes <= kInputBytes ? steps : share_out(steps, share_out(steps, kMostSteps));
+  const int64_t together = 2 * rows_per_tile(rows), pair_sums = share_out(block.end - block.begin, together) * 2 * kLower;
+  const int64_t fitting = kSumBytes / (pair_sums * (int64_t)sizeof(float));
+  const int64_t group = 2 * (size == steps ? 1 : std::max<int64_t>(fitting, 1));
+  thread_scratch().reset();
+  float* sums = thread_scratch().take<float>(group / 2 * pair_sums);
+  uint16_t* wide = take_wide(w, size, 2);
+  for (int64_t begin = tiles.begin; begin < tiles.end; begin += group)
+    for (int64_t first = 0; first < steps; first += size)
+      for (int64_t tile = begin; tile < std::min(begin + group, tiles.end); tile += 2) {
+        const Slab slab = {{tile, std::min(tile + 2, tiles.end)}, first, std::min(size, steps - first)};
+        multiply_slab(w, rows, output, block, slab, columns_of(w, slab, wide), sums + (tile - begin) / 2 * pair_sums);
+      }
 }
 
 }  // namespace
@@ -135,14 +203,14 @@ bool uses_bf16_tiles(const Weight& w) {
 }
 
 void multiply_bf16_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team) {
-  const Pieces pieces = {w.tiles(), 4};
-  const Pieces blocks = split_rows(rows.count, rows.stride * 2 * rows.planes, 32 / rows.planes);
-  team.run(pieces.count() * blocks.count(), [&](int64_t task) {
-    const int64_t piece = task % pieces.count(), block = task / pieces.count();
-    const int tile = (int)pieces.begin(piece), num_tiles = (int)(pieces.end(piece) - tile);
-    const Columns columns = columns_of(w, tile, num_tiles);
+  constexpr int64_t kMany = 64;
+  const bool is_few = rows.count <= rows_per_tile(rows);
+  const Pieces all = {rows.count, rows.count};
+  const Blocks blocks = is_few ? Blocks{all, {w.tiles(), 4}} : split_blocks(w, rows.count, team, kMany);
+  const auto multiply = is_few ? multiply_few : multiply_many;
+  team.run(blocks.count(), [&](int64_t task) {
     const TileScope scope(16);
-    BlockKernel{w, rows, output, tile, num_tiles}.multiply(columns, blocks.begin(block), blocks.end(block));
+    multiply(w, rows, output, blocks.rows_of(task), blocks.tiles_of(task));
   });
 }
 

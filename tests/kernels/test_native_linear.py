@@ -173,6 +173,26 @@ def test_a_row_has_the_same_bits_in_any_batch_and_on_any_number_of_threads(varia
     assert torch.equal(open_variant(variant, 1).norm_linear(x, None, linear), alone)
 
 
+LARGE_WEIGHTS: dict[str, Weight] = {  # whose inputs are cut, and whose channels take turns with a piece of them
+    "int4-32": make_weight(1040, 1152, 32, activation=ASYMMETRIC),
+    "int4-128": make_weight(1040, 1152, 128, activation=ASYMMETRIC),
+    "aligned-32": make_weight(1040, 1152, 32, has_offsets=True),
+    "bfloat16": make_weight(1040, 1152, 32).dequantize().to(torch.bfloat16),
+    "float8": make_weight(1040, 1152, 32).dequantize().to(torch.float8_e4m3fn),
+}
+
+
+@pytest.mark.parametrize("name", LARGE_WEIGHTS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_of_a_large_batch_have_the_bits_of_a_small_one(variant: str, name: str) -> None:
+    weight = LARGE_WEIGHTS[name]
+    ops = open_variant(variant)
+    linear = ops.pack([weight], biases=[None])
+    x = make_inputs(270, weight.shape[1], seed=3)
+    few = torch.cat([ops.norm_linear(x[start : start + 5], None, linear) for start in range(0, 270, 5)])
+    assert torch.equal(ops.norm_linear(x, None, linear), few)
+
+
 @pytest.mark.parametrize("name", EXACT_INPUT_WEIGHTS)
 def test_variants_with_fused_multiply_add_agree(name: str) -> None:
     weight = EXACT_INPUT_WEIGHTS[name]

@@ -83,13 +83,17 @@ class Symmetric {  // where it is 8: the upper four bits of a number can be its 
   Words multiples_;
 };
 
-// Unpacks tiles of channels from one on, half a step of 32 inputs after the other, as they follow each other in memory:
+// Unpacks tiles of channels from a step of one on, half a step of 32 inputs after the other, as they follow in memory:
 // to (digit, input / 4, channel, input % 4), the high digit first. Groups are whole multiples of Inputs.
 template <class Numbers, int Inputs>
 class Unpacker {
  public:
-  Unpacker(const Weight& w, int64_t tile)
-      : w_(&w), codes_(w.codes + tile * w.padded_features() * 8), group_(tile * w.groups), runs_(w.padded_group / Inputs) {}
+  Unpacker(const Weight& w, int64_t tile, int64_t step = 0)
+      : w_(&w),
+        codes_(w.codes + (tile * w.padded_features() + step * kStep) * 8),
+        group_(tile * w.groups + step * kStep / w.padded_group),
+        run_((int)(step * kStep % w.padded_group) / Inputs),
+        runs_(w.padded_group / Inputs) {}
 
   // Which half of its step comes next is the caller's to know.
   QSERVE_INLINE void operator()(int half, int8_t* step) {
@@ -111,7 +115,7 @@ class Unpacker {
   const Weight* w_;
   const uint8_t* codes_;
   int64_t group_;
-  int run_ = 0, runs_;  // of Inputs each, in a group
+  int run_, runs_;  // of Inputs each, in a group
 };
 
 #endif

@@ -137,36 +137,46 @@ void multiply_few(const Weight& w, const Rows& rows, const Output& output, Range
 
 constexpr int64_t kMostSteps = 16;  // of a slab
 
+// How many tiles of channels take turns with a slab of the inputs: as many as leave it the second cache beside their sums.
+int64_t count_tiles_together(int64_t num_rows) {
+  constexpr int64_t kSumBytes = 512 * 1024;
+  return std::max<int64_t>(kSumBytes / (num_rows * kRowSums * (int64_t)sizeof(int32_t)), 1);
+}
+
 // More rows: weights are unpacked a slab at a time, for all rows of the task. Slabs stay in the first cache too: where
 // inputs are many, they are cut, and sums of all rows wait for the next slab. Inputs then go past that cache, for with
 // them there would be no room for the slab; few inputs are better off in it.
 template <class Unpacker, bool IsNarrow, bool IsCut>
 void multiply_many(const Weight& w, const Rows& rows, const Output& output, Range block, Range tiles) {
-  const int64_t steps = w.padded_features() / kStep, slabs = share_out(steps, kMostSteps), size = share_out(steps, slabs);
+  const int64_t steps = w.padded_features() / kStep, size = share_out(steps, share_out(steps, kMostSteps));
+  const int64_t num_rows = share_out(block.end - block.begin, kBlockRows) * kBlockRows;
+  const int64_t together = IsCut ? count_tiles_together(num_rows) : 1;
   Scratch& scratch = thread_scratch();
   scratch.reset();
   int8_t* slab = scratch.take<int8_t>(size * kStepBytes);
-  int32_t* all_sums = scratch.take<int32_t>((block.end - block.begin + kBlockRows) * kRowSums);
+  int32_t* all_sums = scratch.take<int32_t>((IsCut ? together * num_rows : kBlockRows) * kRowSums);
   Results<IsNarrow> results(w, rows, output);
-  Unpacker unpack(w, tiles.begin);
-  for (int64_t tile = tiles.begin; tile < tiles.end; ++tile)
+  for (int64_t begin = tiles.begin; begin < tiles.end; begin += together)
     for (int64_t first = 0; first < steps; first += size) {
       const int64_t count = std::min(size, steps - first), some_rows = share_out(kBlockRows, 2 * count);
-      for (int64_t step = 0; step < count; ++step)
-        for (int half = 0; half < 2; ++half) unpack(half, slab + step * kStepBytes);
-      for (int64_t row = block.begin; row < block.end; row += kBlockRows) {
-        // Sums that need not wait for another slab share a place: the last ones are put away before the next come.
-        int32_t* sums = all_sums + (slabs > 1 ? row - block.begin : 0) * kRowSums;
-        first == 0 ? clear_sums() : load_sums(sums);
-        const int8_t* inputs = rows.codes + row * rows.stride + first * kStep;
-        for (int64_t step = 0; step < count; ++step, inputs += kStep) {
-          multiply_upper<IsCut>(inputs, rows.stride, slab + step * kStepBytes);
-          results.put(some_rows);
-          if (block.end - row > 16) multiply_lower<IsCut>(inputs, rows.stride);
-          results.put(some_rows);
+      for (int64_t tile = begin; tile < std::min(begin + together, tiles.end); ++tile) {
+        Unpacker unpack(w, tile, first);
+        for (int64_t step = 0; step < count; ++step)
+          for (int half = 0; half < 2; ++half) unpack(half, slab + step * kStepBytes);
+        for (int64_t row = block.begin; row < block.end; row += kBlockRows) {
+          // Sums that need not wait for another slab share a place: the last ones are put away before the next come.
+          int32_t* sums = all_sums + (IsCut ? (tile - begin) * num_rows + row - block.begin : 0) * kRowSums;
+          first == 0 ? clear_sums() : load_sums(sums);
+          const int8_t* inputs = rows.codes + row * rows.stride + first * kStep;
+          for (int64_t step = 0; step < count; ++step, inputs += kStep) {
+            multiply_upper<IsCut>(inputs, rows.stride, slab + step * kStepBytes);
+            results.put(some_rows);
+            if (block.end - row > 16) multiply_lower<IsCut>(inputs, rows.stride);
+            results.put(some_rows);
+          }
+          store_sums(sums);
+          if (first + count == steps) results.set(sums, tile, row, std::min(row + kBlockRows, block.end));
         }
-        store_sums(sums);
-        if (first + count == steps) results.set(sums, tile, row, std::min(row + kBlockRows, block.end));
       }
     }
   results.put(kBlockRows);

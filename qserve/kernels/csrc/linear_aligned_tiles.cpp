@@ -61,27 +61,6 @@ class Results {
   int64_t row_ = 0, end_ = 0;
 };
 
-void load_sums(const int32_t* sums) {
-  tile_load<0>(sums, 4 * kRowSums);
-  tile_load<1>(sums + kLanes, 4 * kRowSums);
-  tile_load<2>(sums + 16 * kRowSums, 4 * kRowSums);
-  tile_load<3>(sums + 16 * kRowSums + kLanes, 4 * kRowSums);
-}
-
-void store_sums(int32_t* sums) {
-  tile_store<0>(sums, 4 * kRowSums);
-  tile_store<1>(sums + kLanes, 4 * kRowSums);
-  tile_store<2>(sums + 16 * kRowSums, 4 * kRowSums);
-  tile_store<3>(sums + 16 * kRowSums + kLanes, 4 * kRowSums);
-}
-
-void clear_sums() {
-  tile_zero<0>();
-  tile_zero<1>();
-  tile_zero<2>();
-  tile_zero<3>();
-}
-
 // Adds one step of the upper 16 rows to the sums in tiles, and of the lower ones, for which the weights stay.
 template <bool IsStream>
 QSERVE_INLINE void multiply_upper(const int8_t* inputs, int64_t stride, const int8_t* digits) {

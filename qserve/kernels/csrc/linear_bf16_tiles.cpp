@@ -74,13 +74,6 @@ class Place {
   bool has_row_scales_;
 };
 
-void clear_sums() {
-  tile_zero<0>();
-  tile_zero<1>();
-  tile_zero<2>();
-  tile_zero<3>();
-}
-
 // One tile of rows, all there are, by up to four of channels: every weight is read once.
 void multiply_few(const Weight& w, const Rows& rows, const Output& output, Range, Range tiles) {
   thread_scratch().reset();
@@ -119,21 +112,7 @@ void multiply_few(const Weight& w, const Rows& rows, const Output& output, Range
 }
 
 constexpr int kRowSums = 2 * kLanes;  // of a row and plane: those of two tiles of channels
-constexpr int64_t kNextRow = kRowSums * sizeof(float), kLower = kTileRows * kRowSums;
-
-void load_sums(const float* sums) {
-  tile_load<0>(sums, kNextRow);
-  tile_load<1>(sums + kLanes, kNextRow);
-  tile_load<2>(sums + kLower, kNextRow);
-  tile_load<3>(sums + kLower + kLanes, kNextRow);
-}
-
-void store_sums(float* sums) {
-  tile_store<0>(sums, kNextRow);
-  tile_store<1>(sums + kLanes, kNextRow);
-  tile_store<2>(sums + kLower, kNextRow);
-  tile_store<3>(sums + kLower + kLanes, kNextRow);
-}
+constexpr int64_t kLower = kTileRows * kRowSums;
 
 // Adds a slab's products to the sums in tiles: two tiles of rows by two of channels. Inputs come from the second cache and
 // go past the first, where the weights stay for other rows.
@@ -176,8 +155,8 @@ void multiply_slab(const Weight& w, const Rows& rows, const Output& output, Rang
   }
 }
 
-// More rows. A slab of all rows' inputs stays in the second cache while some pairs of tiles of channels pass by; their sums
-// wait there for the next slab.
+// More rows. A slab of all rows' inputs stays in the second cache while some pairs of tiles of channels pass by, 28 KiB of
+// weights each; their sums wait there for the next slab. Sizes are measured.
 void multiply_many(const Weight& w, const Rows& rows, const Output& output, Range block, Range tiles) {
   constexpr int64_t kMostSteps = 14, kInputBytes = 512 * 1024, kSumBytes = 512 * 1024;
   const int64_t steps = w.padded_features() / kStep, input_bytes = (block.end - block.begin) * rows.planes * rows.stride * 2;

@@ -177,7 +177,7 @@ class Scheduler:
             return None
         request = self._waiting[0]
         # A block to spare for each who runs, or the newcomer would soon be preempted by their growth.
-        if not self._blocks.admit(request, num_spare=0):
+        if not self._blocks.admit(request, num_spare=len(self._running)):
             return None
         del self._waiting[0]
         insort(self._running, request, key=_order)

@@ -77,6 +77,14 @@ def test_nobody_overtakes_a_request_that_waits_for_room() -> None:
     assert bench.step() == [("a", 8, 9)]
 
 
+def test_a_newcomer_leaves_a_block_for_the_growth_of_each_who_runs() -> None:
+    bench = Bench(num_blocks=4)
+    bench.add(make_request("a", ids(1, 8)), make_request("b", ids(2, 8)))
+    assert bench.step() == [("a", 0, 8)]
+    bench.finish()
+    assert bench.scheduler.stats.num_preemptions == 0
+
+
 def test_requests_that_arrive_together_share_their_prompt_in_the_same_step() -> None:
     bench = Bench()
     requests = [make_request(name, ids(1, 10)) for name in "abc"]

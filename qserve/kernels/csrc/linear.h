@@ -86,15 +86,6 @@ class OutputTile {
   const float* residual_ = nullptr;
 };
 
-// Blocks of rows whose inputs, `row_bytes` each, stay in a core's second cache while all tiles of channels pass by;
-// whole multiples of `multiple` rows, all about as large.
-inline Pieces split_rows(int64_t count, int64_t row_bytes, int64_t multiple) {
-  constexpr int64_t kCacheBytes = 512 * 1024;
-  const int64_t most = kCacheBytes / row_bytes > multiple ? kCacheBytes / row_bytes : multiple;
-  const int64_t blocks = (count + most - 1) / most;
-  return {count, ((count + blocks - 1) / blocks + multiple - 1) / multiple * multiple};
-}
-
 // Tiles for a task, in pairs: enough bytes that taking one costs little, and enough tasks that no thread waits long for
 // the last.
 inline Pieces split_tiles(const Weight& w, int64_t tile_bytes, const Team& team) {

@@ -40,6 +40,7 @@ INTEGER_WEIGHTS = {
     "int8-row": make_weight(70, 576, 576, bits=8, activation=SYMMETRIC, scale_dtype=torch.float32),
     "int8-row-tail": make_weight(33, 100, 100, bits=8, activation=ASYMMETRIC, scale_dtype=torch.float16),
     "int8-64-zeros": make_weight(50, 192, 64, bits=8, activation=ASYMMETRIC, has_zeros=True),
+    "int8-row-slabs": make_weight(50, 1152, 1152, bits=8, activation=ASYMMETRIC),
     "int8-32": make_weight(31, 96, 32, bits=8, activation=SYMMETRIC),
 }
 ALIGNED_WEIGHTS = {  # with exact inputs
@@ -154,6 +155,7 @@ BATCH_WEIGHTS: dict[str, Weight] = {
     **EXACT_INPUT_WEIGHTS,
     **{str(dtype): make_float(dtype) for dtype in FLOAT_DTYPES},
     "float8-groups": make_float(torch.float8_e4m3fn, groups=6),
+    "int8-row-minimum": make_weight(50, 192, 192, bits=8, activation=ASYMMETRIC, has_offsets=True),
 }
 
 
@@ -177,18 +179,30 @@ LARGE_WEIGHTS: dict[str, Weight] = {  # whose inputs are cut, and whose channels
     "int4-32": make_weight(1040, 1152, 32, activation=ASYMMETRIC),
     "int4-128": make_weight(1040, 1152, 128, activation=ASYMMETRIC),
     "aligned-32": make_weight(1040, 1152, 32, has_offsets=True),
+    "int8-row": make_weight(1040, 1152, 1152, bits=8, activation=ASYMMETRIC),
     "bfloat16": make_weight(1040, 1152, 32).dequantize().to(torch.bfloat16),
     "float8": make_weight(1040, 1152, 32).dequantize().to(torch.float8_e4m3fn),
+    # More results than the caches keep.
+    "int4-32-many-channels": make_weight(4112, 64, 32, activation=ASYMMETRIC),
+    "int8-row-many-channels": make_weight(4112, 64, 64, bits=8, activation=ASYMMETRIC),
+    "bfloat16-many-channels": make_weight(4112, 64, 32).dequantize().to(torch.bfloat16),
 }
 
 
 @pytest.mark.parametrize("name", LARGE_WEIGHTS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rows_of_a_large_batch_have_the_bits_of_a_small_one(variant: str, name: str) -> None:
-    weight = LARGE_WEIGHTS[name]
-    ops = open_variant(variant)
-    linear = ops.pack([weight], biases=[None])
-    x = make_inputs(270, weight.shape[1], seed=3)
+    check_large_batch(open_variant(variant), [LARGE_WEIGHTS[name]])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_so_have_channels_that_begin_off_the_lines_of_the_cache(variant: str) -> None:
+    check_large_batch(open_variant(variant), [torch.randn(7, 64), LARGE_WEIGHTS["int8-row-many-channels"]])
+
+
+def check_large_batch(ops: NativeOps, weights: list[Weight]) -> None:
+    linear = ops.pack(weights, biases=[None] * len(weights))
+    x = make_inputs(270, linear.in_features, seed=3)
     few = torch.cat([ops.norm_linear(x[start : start + 5], None, linear) for start in range(0, 270, 5)])
     assert torch.equal(ops.norm_linear(x, None, linear), few)
 

@@ -38,6 +38,16 @@ QSERVE_INLINE void store(void* to, V value) {
   memcpy(to, &value, sizeof value);
 }
 
+// A whole line of the cache, past the caches. Whoever stores so must do something atomic that locks before others read it,
+// as Team does at a loop's end.
+QSERVE_INLINE void store_past(float* to, F32 value) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)value);
+#else
+  store(to, value);
+#endif
+}
+
 QSERVE_INLINE F32 splat(float x) { return F32{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 QSERVE_INLINE I32 splat(int32_t x) { return I32{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 QSERVE_INLINE F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }

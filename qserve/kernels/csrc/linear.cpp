@@ -6,6 +6,8 @@
 namespace qserve {
 namespace {
 
+constexpr int64_t kLarge = 4 << 20;  // bytes; measured
+
 void multiply(const Weight& w, const Rows& rows, const Output& output, Team& team) {
   if (w.form == kFloat) return multiply_float(w, rows, output, team);
   multiply_integer(w, rows, output, team);
@@ -53,7 +55,8 @@ void run_linear(const Stage& stage, Scratch& scratch, Team& team) {
                            w.out_features,
                            is_direct ? stage.gate : kNoGate,
                            is_direct ? stage.scale : 1.0f,
-                           stage.soft_cap};
+                           stage.soft_cap,
+                           (int64_t)stage.rows * linear.out_features * (int64_t)sizeof(float) > kLarge};
     multiply(w, rows, output, team);
   }
   if (is_gated_later) gate_rows(stage, data, linear.out_features / 2, team);

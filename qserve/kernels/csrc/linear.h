@@ -20,6 +20,7 @@ struct Output {
   int32_t gate;  // Gate
   float scale;
   float soft_cap;
+  bool is_large;  // more than the caches keep until somebody reads it
 
   QSERVE_INLINE void put(int64_t row, int tile, F32 y) const {
     if (!is_plain()) y = adjust(tile, y);
@@ -29,6 +30,9 @@ struct Output {
     if (residual != nullptr) y = load_some(residual + at, rest) + y;
     store_some(data + at, y, rest);
   }
+
+  // Whether every tile of a row is a line of the cache.
+  bool has_whole_lines() const { return ((uintptr_t)(data + column) | (uintptr_t)stride * sizeof(float)) % 64 == 0; }
 
   bool is_plain() const { return bias == nullptr && scale == 1.0f && soft_cap == 0.0f; }
 
@@ -61,15 +65,16 @@ class OutputTile {
     float* to = data_ + row * stride_;
     if (way_ == kAdd) y = load<F32>(residual_ + row * stride_) + y;
     if (way_ == kSiluTimes) y = silu(load<F32>(to)) * y;
-    store(to, y);
+    way_ == kStream ? store_past(to, y) : store(to, y);
   }
 
  private:
-  enum Way { kStore, kAdd, kSiluTimes, kOther };
+  enum Way { kStore, kStream, kAdd, kSiluTimes, kOther };
 
   static QSERVE_INLINE Way choose(const Output& output, int tile) {
     if (!output.is_plain() || output.channels < (tile + 1) * kLanes) return kOther;
-    if (output.gate == kNoGate) return output.residual == nullptr ? kStore : kAdd;
+    if (output.gate == kNoGate && output.residual != nullptr) return kAdd;
+    if (output.gate == kNoGate) return output.is_large && output.has_whole_lines() ? kStream : kStore;
     if (tile % 2 == 0) return kStore;
     return output.gate == kSilu ? kSiluTimes : kOther;
   }
@@ -128,6 +133,8 @@ void multiply_float(const Weight& w, const Rows& rows, const Output& output, Tea
 // By AMX; false where this build, this weight or so few rows are not for it. Equal bits to multiply_integer.
 bool multiply_integer_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team);
 void multiply_aligned_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team);
+bool uses_code_tiles(const Weight& w, int num_rows);
+void multiply_code_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team);
 void multiply_exact_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team);
 void multiply_bf16_tiles(const Weight& w, const Rows& rows, const Output& output, Team& team);
 

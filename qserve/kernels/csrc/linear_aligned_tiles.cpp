@@ -6,23 +6,17 @@
 //
 // Everything is exact, so it has the bits of linear_integer.cpp. The products of tiles leave the vector units free, so
 // what these have to do is strewn among them: putting away the last results, and with few rows unpacking the next weights.
-#include <algorithm>
 #include <type_traits>
 
 #include "aligned.h"
 #include "digits.h"
-#include "linear.h"
-#include "tiles.h"
+#include "slabs.h"
 
 namespace qserve {
 
 #if defined(__AMX_INT8__)
 
 namespace {
-
-constexpr int kBlockRows = 32;  // two tiles
-
-constexpr int kRowSums = 2 * kLanes;  // of a row: sums of high digits, then those of low ones
 
 // Results of up to 32 rows and 16 channels that wait in `sums`, (row, digit, 16). Two rows at a time between products of
 // tiles cost little more than those alone; many at a time cost what they cost without them.
@@ -61,23 +55,6 @@ class Results {
   int64_t row_ = 0, end_ = 0;
 };
 
-// Adds one step of the upper 16 rows to the sums in tiles, and of the lower ones, for which the weights stay.
-template <bool IsStream>
-QSERVE_INLINE void multiply_upper(const int8_t* inputs, int64_t stride, const int8_t* digits) {
-  tile_load<6>(digits, 64);
-  tile_load_inputs<IsStream, 4>(inputs, stride);
-  tile_dot<false, 0, 4, 6>();
-  tile_load<7>(digits + kDigitBytes, 64);
-  tile_dot<true, 1, 4, 7>();
-}
-
-template <bool IsStream>
-QSERVE_INLINE void multiply_lower(const int8_t* inputs, int64_t stride) {
-  tile_load_inputs<IsStream, 5>(inputs + 16 * stride, stride);
-  tile_dot<false, 2, 5, 6>();
-  tile_dot<true, 3, 5, 7>();
-}
-
 // A block of up to 32 rows: unpacking takes longer than the products. A step of weights is unpacked some steps before its
 // turn, into a ring that stays in the first cache.
 template <class Unpacker, bool IsNarrow>
@@ -101,10 +78,10 @@ void multiply_few(const Weight& w, const Rows& rows, const Output& output, Range
     clear_sums();
     const int8_t* inputs = rows.codes + block.begin * rows.stride;
     for (const int64_t end = now + steps; now < end; ++now, inputs += kStep) {
-      multiply_upper<false>(inputs, rows.stride, place(now));
+      multiply_upper<true, false>(inputs, rows.stride, place(now), place(now) + kDigitBytes);
       unpack_half(0, now + kAhead);
       results.put(some_rows);
-      if (block.end - block.begin > 16) multiply_lower<false>(inputs, rows.stride);
+      if (block.end - block.begin > 16) multiply_lower<true, false>(inputs, rows.stride);
       unpack_half(1, now + kAhead);
       results.put(some_rows);
     }
@@ -114,59 +91,45 @@ void multiply_few(const Weight& w, const Rows& rows, const Output& output, Range
   results.put(kBlockRows);
 }
 
-constexpr int64_t kMostSteps = 16;  // of a slab
+// More rows: weights are unpacked a slab at a time, for all rows of the task.
+template <class Unpacker>
+class Unpacked {
+ public:
+  static constexpr bool kIsSigned = true;
+  static constexpr int64_t kTiles = 1;
 
-// How many tiles of channels take turns with a slab of the inputs: as many as leave it the second cache beside their sums.
-int64_t count_tiles_together(int64_t num_rows) {
-  constexpr int64_t kSumBytes = 512 * 1024;
-  return std::max<int64_t>(kSumBytes / (num_rows * kRowSums * (int64_t)sizeof(int32_t)), 1);
-}
+  explicit Unpacked(const Weight& w) : w_(w), digits_(thread_scratch().take<int8_t>(kMostSlabSteps * kStepBytes)) {}
 
-// More rows: weights are unpacked a slab at a time, for all rows of the task. Slabs stay in the first cache too: where
-// inputs are many, they are cut, and sums of all rows wait for the next slab. Inputs then go past that cache, for with
-// them there would be no room for the slab; few inputs are better off in it.
-template <class Unpacker, bool IsNarrow, bool IsCut>
+  Slab open(int64_t tile, int64_t first, int64_t count, int64_t) {
+    Unpacker unpack(w_, tile, first);
+    for (int64_t step = 0; step < count; ++step)
+      for (int half = 0; half < 2; ++half) unpack(half, digits_ + step * kStepBytes);
+    return {digits_, digits_ + kDigitBytes, kStepBytes};
+  }
+
+  void amidst(int) {}
+
+ private:
+  const Weight& w_;
+  int8_t* digits_;
+};
+
+template <class Unpacker, bool IsNarrow>
 void multiply_many(const Weight& w, const Rows& rows, const Output& output, Range block, Range tiles) {
-  const int64_t steps = w.padded_features() / kStep, size = share_out(steps, share_out(steps, kMostSteps));
-  const int64_t num_rows = share_out(block.end - block.begin, kBlockRows) * kBlockRows;
-  const int64_t together = IsCut ? count_tiles_together(num_rows) : 1;
-  Scratch& scratch = thread_scratch();
-  scratch.reset();
-  int8_t* slab = scratch.take<int8_t>(size * kStepBytes);
-  int32_t* all_sums = scratch.take<int32_t>((IsCut ? together * num_rows : kBlockRows) * kRowSums);
+  using Digits = Unpacked<Unpacker>;
+  thread_scratch().reset();
+  Digits digits(w);
   Results<IsNarrow> results(w, rows, output);
-  for (int64_t begin = tiles.begin; begin < tiles.end; begin += together)
-    for (int64_t first = 0; first < steps; first += size) {
-      const int64_t count = std::min(size, steps - first), some_rows = share_out(kBlockRows, 2 * count);
-      for (int64_t tile = begin; tile < std::min(begin + together, tiles.end); ++tile) {
-        Unpacker unpack(w, tile, first);
-        for (int64_t step = 0; step < count; ++step)
-          for (int half = 0; half < 2; ++half) unpack(half, slab + step * kStepBytes);
-        for (int64_t row = block.begin; row < block.end; row += kBlockRows) {
-          // Sums that need not wait for another slab share a place: the last ones are put away before the next come.
-          int32_t* sums = all_sums + (IsCut ? (tile - begin) * num_rows + row - block.begin : 0) * kRowSums;
-          first == 0 ? clear_sums() : load_sums(sums);
-          const int8_t* inputs = rows.codes + row * rows.stride + first * kStep;
-          for (int64_t step = 0; step < count; ++step, inputs += kStep) {
-            multiply_upper<IsCut>(inputs, rows.stride, slab + step * kStepBytes);
-            results.put(some_rows);
-            if (block.end - row > 16) multiply_lower<IsCut>(inputs, rows.stride);
-            results.put(some_rows);
-          }
-          store_sums(sums);
-          if (first + count == steps) results.set(sums, tile, row, std::min(row + kBlockRows, block.end));
-        }
-      }
-    }
-  results.put(kBlockRows);
+  const auto multiply =
+      are_cut(w) ? multiply_slabs<true, Digits, Results<IsNarrow>> : multiply_slabs<false, Digits, Results<IsNarrow>>;
+  multiply(w, rows, block, tiles, digits, results);
 }
 
 template <class Unpacker, bool IsNarrow>
 void multiply_block(const Weight& w, const Rows& rows, const Output& output, Range block, Range tiles) {
   const TileScope scope(16);
-  if (block.end - block.begin <= kBlockRows) return multiply_few<Unpacker, IsNarrow>(w, rows, output, block, tiles);
-  const bool is_cut = w.padded_features() > kMostSteps * kStep;
-  const auto multiply = is_cut ? multiply_many<Unpacker, IsNarrow, true> : multiply_many<Unpacker, IsNarrow, false>;
+  const bool are_few = block.end - block.begin <= kBlockRows;
+  const auto multiply = are_few ? multiply_few<Unpacker, IsNarrow> : multiply_many<Unpacker, IsNarrow>;
   multiply(w, rows, output, block, tiles);
 }
 

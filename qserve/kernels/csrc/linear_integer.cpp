@@ -175,6 +175,7 @@ Kernel choose_kernel(const Weight& w) {
 void multiply_integer(const Weight& w, const Rows& rows, const Output& output, Team& team) {
   if (uses_aligned_tiles(w, rows.count)) return multiply_aligned_tiles(w, rows, output, team);
   if (uses_exact_tiles(w, rows.count)) return multiply_exact_tiles(w, rows, output, team);
+  if (uses_code_tiles(w, rows.count)) return multiply_code_tiles(w, rows, output, team);
   if (w.units == nullptr && multiply_integer_tiles(w, rows, output, team)) return;
   const Kernel kernel = choose_kernel(w);
   const int64_t tile_bytes = (int64_t)w.padded_features() * (w.form == kInt4 ? 8 : 16);

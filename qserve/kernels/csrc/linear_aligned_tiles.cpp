@@ -96,17 +96,18 @@ template <class Unpacker>
 class Unpacked {
  public:
   static constexpr bool kIsSigned = true;
-  static constexpr int64_t kTiles = 1;
+  static constexpr int64_t kTiles = 1, kStride = kStepBytes;
 
   explicit Unpacked(const Weight& w) : w_(w), digits_(thread_scratch().take<int8_t>(kMostSlabSteps * kStepBytes)) {}
 
-  Slab open(int64_t tile, int64_t first, int64_t count, int64_t) {
+  const int8_t* open(int64_t tile, int64_t first, int64_t count, int64_t) {
     Unpacker unpack(w_, tile, first);
     for (int64_t step = 0; step < count; ++step)
       for (int half = 0; half < 2; ++half) unpack(half, digits_ + step * kStepBytes);
-    return {digits_, digits_ + kDigitBytes, kStepBytes};
+    return digits_;
   }
 
+  const int8_t* right(const int8_t* left) const { return left + kDigitBytes; }
   void amidst(int) {}
 
  private:

@@ -53,19 +53,21 @@ class Results {
 class Standing {
  public:
   static constexpr bool kIsSigned = false;
-  static constexpr int64_t kTiles = 2;
+  static constexpr int64_t kTiles = 2, kStride = kTileBytes;
 
   explicit Standing(const Weight& w) : w_(w), tile_bytes_((int64_t)w.padded_features() * kLanes) {}
 
-  Slab open(int64_t tile, int64_t first, int64_t, int64_t blocks) {
+  const int8_t* open(int64_t tile, int64_t first, int64_t, int64_t blocks) {
     constexpr int64_t kAhead = 2048;  // measured, where weights come from the last cache
     const int8_t* left = (const int8_t*)w_.codes + tile * tile_bytes_ + first * kTileBytes;
-    const int8_t* right = tile + 1 < w_.tiles() ? left + tile_bytes_ : left;
+    right_ = tile + 1 < w_.tiles() ? tile_bytes_ : 0;
     const int64_t ahead = blocks == 1 ? kAhead : kTiles * tile_bytes_;
-    next_[0] = (const char*)left + ahead, next_[1] = (const char*)right + ahead;
+    next_[0] = left + ahead, next_[1] = right(left) + ahead;
     lines_ = share_out(kTileBytes / 64, blocks);
-    return {left, right, kTileBytes};
+    return left;
   }
+
+  QSERVE_INLINE const int8_t* right(const int8_t* left) const { return left + right_; }
 
   QSERVE_INLINE void amidst(int half) {
     for (int64_t line = 0; line < lines_; ++line, next_[half] += 64) __builtin_prefetch(next_[half]);
@@ -73,8 +75,8 @@ class Standing {
 
  private:
   const Weight& w_;
-  int64_t tile_bytes_, lines_ = 0;
-  const char* next_[2] = {};
+  int64_t tile_bytes_, right_ = 0, lines_ = 0;
+  const int8_t* next_[2] = {};
 };
 
 }  // namespace

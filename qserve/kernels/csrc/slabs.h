@@ -21,12 +21,6 @@ constexpr int64_t kMostSlabSteps = 16;  // of 2 KiB
 
 inline bool are_cut(const Weight& w) { return w.padded_features() > kMostSlabSteps * kDepth; }
 
-// Some steps of two tiles of weights, each `stride` bytes from the last.
-struct Slab {
-  const int8_t *left, *right;
-  int64_t stride;
-};
-
 // Adds one step of the upper 16 rows to the sums in tiles, and of the lower ones, for which the weights stay. Left weights
 // may be signed, right ones are not.
 template <bool IsSigned, bool IsStream>
@@ -52,9 +46,11 @@ inline int64_t count_together(int64_t num_rows) {
 }
 
 // All rows of a block times these tiles of channels. `source` gives their slabs: open(tile, first step, steps, blocks of
-// rows), and has something to do between the products: amidst(half of a step). `results` puts sums away.
+// rows) where the left tile of weights begins, its steps kStride bytes apart, and right(left) what stands beside it. It has
+// something to do between the products: amidst(half of a step). `results` puts sums away. Both by value: so their numbers
+// can stay in registers.
 template <bool IsCut, class Source, class Results>
-void multiply_slabs(const Weight& w, const Rows& rows, Range block, Range tiles, Source& source, Results& results) {
+void multiply_slabs(const Weight& w, const Rows& rows, Range block, Range tiles, Source source, Results results) {
   constexpr bool kIsSigned = Source::kIsSigned;
   constexpr int64_t kTiles = Source::kTiles;  // of channels, in a slab
   const int64_t steps = w.padded_features() / kDepth, size = IsCut ? share_out(steps, share_out(steps, kMostSlabSteps)) : steps;
@@ -66,14 +62,14 @@ void multiply_slabs(const Weight& w, const Rows& rows, Range block, Range tiles,
       const int64_t count = std::min(size, steps - first), some_rows = share_out(kBlockRows, 2 * count);
       for (int64_t turn = 0; turn < together && begin + turn * kTiles < tiles.end; ++turn) {
         const int64_t tile = begin + turn * kTiles;
-        const Slab slab = source.open(tile, first, count, blocks);
+        const int8_t* slab = source.open(tile, first, count, blocks);
         for (int64_t row = block.begin; row < block.end; row += kBlockRows) {
           // Sums that need not wait for another slab share a place: the last ones are put away before the next come.
           int32_t* sums = all_sums + (IsCut ? turn * num_rows + row - block.begin : 0) * kRowSums;
-          const int8_t *inputs = rows.codes + row * rows.stride + first * kDepth, *left = slab.left, *right = slab.right;
+          const int8_t *inputs = rows.codes + row * rows.stride + first * kDepth, *left = slab;
           first == 0 ? clear_sums() : load_sums(sums);
-          for (int64_t step = 0; step < count; ++step, inputs += kDepth, left += slab.stride, right += slab.stride) {
-            multiply_upper<kIsSigned, IsCut>(inputs, rows.stride, left, right);
+          for (int64_t step = 0; step < count; ++step, inputs += kDepth, left += Source::kStride) {
+            multiply_upper<kIsSigned, IsCut>(inputs, rows.stride, left, source.right(left));
             source.amidst(0);
             results.put(some_rows);
             if (block.end - row > 16) multiply_lower<kIsSigned, IsCut>(inputs, rows.stride);

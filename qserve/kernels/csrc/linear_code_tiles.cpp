@@ -82,7 +82,7 @@ class Standing {
 }  // namespace
 
 bool uses_code_tiles(const Weight& w, int num_rows) {
-  constexpr int kFewest = 16;  // measured: with fewer the vector kernel is faster
+  constexpr int kFewest = 9;  // measured: with fewer the vector kernel is faster
   const bool are_standing = w.form == kInt8 && w.groups == 1 && w.zeros == nullptr && w.padded_features() % kDepth == 0;
   return are_standing && w.planes == 1 && num_rows >= kFewest && allow_tiles();
 }

@@ -118,12 +118,10 @@ class Unpacked {
 template <class Unpacker, bool IsNarrow>
 void multiply_many(const Weight& w, const Rows& rows, const Output& output, Range block, Range tiles) {
   using Digits = Unpacked<Unpacker>;
+  using Puts = Results<IsNarrow>;
   thread_scratch().reset();
-  Digits digits(w);
-  Results<IsNarrow> results(w, rows, output);
-  const auto multiply =
-      are_cut(w) ? multiply_slabs<true, Digits, Results<IsNarrow>> : multiply_slabs<false, Digits, Results<IsNarrow>>;
-  multiply(w, rows, block, tiles, digits, results);
+  const auto multiply = are_cut(w) ? multiply_slabs<true, Digits, Puts> : multiply_slabs<false, Digits, Puts>;
+  multiply(w, rows, block, tiles, Digits(w), Puts(w, rows, output));
 }
 
 template <class Unpacker, bool IsNarrow>

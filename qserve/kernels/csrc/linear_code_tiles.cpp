@@ -93,10 +93,8 @@ void multiply_code_tiles(const Weight& w, const Rows& rows, const Output& output
   team.run(blocks.count(), [&](int64_t task) {
     const TileScope scope(16);
     thread_scratch().reset();
-    Standing codes(w);
-    Results results(w, rows, output);
     const auto multiply = are_cut(w) ? multiply_slabs<true, Standing, Results> : multiply_slabs<false, Standing, Results>;
-    multiply(w, rows, blocks.rows_of(task), blocks.tiles_of(task), codes, results);
+    multiply(w, rows, blocks.rows_of(task), blocks.tiles_of(task), Standing(w), Results(w, rows, output));
   });
 }
 

@@ -15,8 +15,8 @@ namespace qserve {
 
 constexpr int kDepth = 64;  // inputs of one product of tiles, a step
 constexpr int kTileBytes = kDepth * kLanes;
-constexpr int kBlockRows = 32;          // two tiles
-constexpr int kRowSums = 2 * kLanes;    // of a row: those of the left tile, then those of the right one
+constexpr int kBlockRows = 32;        // two tiles
+constexpr int kRowSums = 2 * kLanes;  // of a row: those of the left tile, then those of the right one
 constexpr int64_t kMostSlabSteps = 16;  // of 2 KiB
 
 inline bool are_cut(const Weight& w) { return w.padded_features() > kMostSlabSteps * kDepth; }

@@ -30,5 +30,10 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-test: setup lint types
+# Runs the GPU's kernels where there is no GPU, in its interpreter. A torch for CUDA brings it along.
+$(VENV)/.triton: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[triton]'
+	touch $@
+
+test: setup lint types $(VENV)/.triton
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

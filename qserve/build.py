@@ -28,6 +28,7 @@ from qserve.engine.scheduler import Scheduler
 from qserve.errors import UsageError
 from qserve.kernels.arena import give_back_free_memory, keep_free_memory, populate_in_background
 from qserve.kernels.build import KernelsUnavailable, count_cores
+from qserve.kernels.cuda.open import open_cuda
 from qserve.kernels.native import open_native
 from qserve.kernels.ops import Ops
 from qserve.kernels.reference import ReferenceOps
@@ -37,7 +38,9 @@ from qserve.text.templates import load_chat_template
 from qserve.text.tokenizer import load_tokenizer
 
 _log = logging.getLogger(__name__)
-_WARM_UP_TOKENS = 64
+# Tokens of the chunks that are computed before anything is served. On a CPU they make scratch memory and threads; on a
+# GPU each is one that the kernels are compiled for anew.
+_WARM_UP = {"cpu": (64, 1), "cuda": (128, 32, 1)}
 _CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -75,7 +78,7 @@ def build_llm(
     with clock.measure("warm-up"):
         num_blocks = engine.max_running * -(-limit // engine.block_size)  # all that could ever be held at once
         runner = _make_runner(loaded, ops, checkpoint, engine=engine, device=device, max_blocks=num_blocks)
-        runner.warm_up(max_tokens=min(_WARM_UP_TOKENS, engine.max_step_tokens))
+        runner.warm_up([min(size, engine.max_step_tokens) for size in _WARM_UP[where.type]])
     own_name = path.resolve().name if Path(model).expanduser().exists() else str(model)
     room = runner.num_blocks * engine.block_size
     cache_dtype = str(_cache_dtype(device, checkpoint)).removeprefix("torch.")
@@ -126,11 +129,11 @@ def _choose_device(config: DeviceConfig) -> torch.device:
 
 def _make_ops(config: DeviceConfig, device: torch.device) -> tuple[Ops, str]:
     """The kernels and their name. Without a compiler the server still serves, slowly, and says so."""
-    if config.kernels == "native" and device.type != "cpu":
-        raise UsageError(f"--kernels native is for the CPU, and --device is {device.type}. Leave one of them out.")
-    if config.kernels == "reference" or device.type != "cpu":
+    if config.kernels == "reference":
         return ReferenceOps(device=device), "reference"
     try:
+        if device.type == "cuda":
+            return open_cuda(device)
         ops = open_native(num_threads=config.threads)
     except KernelsUnavailable as error:
         if config.kernels == "native":

@@ -77,6 +77,7 @@ HOMES: dict[str, set[str]] = {
         "qserve.inspect",
         "training",
     },
+    "triton": {"qserve.kernels.cuda"},
     "httpx": {"clients"},
 }
 WITHOUT_TORCH = ["qserve.api.app", "qserve.llm", "qserve.text.tokenizer", "qserve.text.templates", "qserve.engine.loop"]

@@ -34,7 +34,7 @@ def make_batch(chunks: Sequence[Chunk], *, block_size: int, device: torch.device
         # By numpy: it reads a list of numbers four times as fast as torch.
         return torch.from_numpy(np.array(values, dtype=dtype)).to(device, non_blocking=True)
 
-    width = max((_num_blocks(chunk, block_size) for chunk in chunks), default=0)
+    width = _width(chunks, block_size)
     return Batch(
         token_ids=tensor(token_ids),
         positions=tensor(positions),
@@ -120,9 +120,8 @@ class DecodeBatches:
         return self._chunks[count]
 
     def _write_tables(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Every row whole, as wide as the longest to the next power of two: the tensor stays for many steps."""
-        longest = max(_num_blocks(chunk, self._block_size) for chunk in chunks)
-        width = 1 << (longest - 1).bit_length()
+        """Every row whole; the tensor stays for many steps."""
+        width = _width(chunks, self._block_size)
         if self._table_view.shape != (len(chunks), width):
             self._tables = array("i", bytes(4 * len(chunks) * width))
             self._table_view = torch.frombuffer(self._tables, dtype=torch.int32).view(len(chunks), width)
@@ -132,6 +131,12 @@ class DecodeBatches:
 
 def _num_blocks(chunk: Chunk, block_size: int) -> int:
     return -(-chunk.stored_end // block_size)
+
+
+def _width(chunks: Sequence[Chunk], block_size: int) -> int:
+    """The longest context's blocks, to the next power of two: whoever records a step has few widths to record."""
+    longest = max((_num_blocks(chunk, block_size) for chunk in chunks), default=0)
+    return 1 << (longest - 1).bit_length() if longest else 0
 
 
 def _tables(chunks: Sequence[Chunk], block_size: int, *, width: int) -> list[int]:

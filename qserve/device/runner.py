@@ -96,13 +96,13 @@ class ModelRunner:
             return self._decode_batches.make(chunks)
         return make_batch(chunks, block_size=self._cache.block_size, device=self._device)
 
-    def warm_up(self, *, max_tokens: int) -> None:
-        """One long chunk and one short one, so that the first request finds scratch memory and threads in place.
+    def warm_up(self, sizes: Sequence[int]) -> None:
+        """A chunk of each of these numbers of tokens, so that the first request finds all in place that it needs.
 
         Writes to the first blocks of the cache; call it before anything is served.
         """
-        longest = min(max_tokens, self._cache.num_blocks * self._cache.block_size)
-        for num_tokens in (longest, 1):
+        most = self._cache.num_blocks * self._cache.block_size
+        for num_tokens in (min(size, most) for size in sizes):
             request = Request("warm-up", [0] * num_tokens, SamplingParams(max_tokens=1, temperature=0.0))
             blocks = tuple(range(-(-num_tokens // self._cache.block_size)))
             self.run([Chunk(request=request, start=0, end=num_tokens, block_ids=blocks)])

@@ -7,6 +7,7 @@ bit for bit, `reference_attention.py` the paged attention.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +38,33 @@ def normalize(x: Tensor, norm: Norm | None) -> Tensor:
     return y if norm.bias is None else y + norm.bias
 
 
+class Part(Protocol):
+    """Weights that prepare their input in the same way: (tokens, in_features) -> (tokens, out_features), float32."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...  # (out_features, in_features)
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def kernel(self) -> str: ...
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
+class _Dequantized:
     values: Tensor  # (out_features, in_features)
     pre_scale: Tensor | None
     activation: ActivationQuantization
+    kernel: str = "torch"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        out_features, in_features = self.values.shape
+        return out_features, in_features
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.pre_scale is not None:
@@ -51,23 +74,26 @@ class _Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceLinear:
-    """Dequantized weights, one part for each way of preparing the input."""
+    """Weights side by side, one part for each way of preparing the input."""
 
-    parts: tuple[_Part, ...]
+    parts: tuple[Part, ...]
     bias: Tensor | None
-    kernel: str = "torch"
+
+    @property
+    def kernel(self) -> str:
+        return "+".join(dict.fromkeys(part.kernel for part in self.parts))
 
     @property
     def in_features(self) -> int:
-        return self.parts[0].values.shape[1]
+        return self.parts[0].shape[1]
 
     @property
     def out_features(self) -> int:
-        return sum(part.values.shape[0] for part in self.parts)
+        return sum(part.shape[0] for part in self.parts)
 
     @property
     def num_bytes(self) -> int:
-        return sum(part.values.nbytes for part in self.parts)
+        return sum(part.nbytes for part in self.parts)
 
     def __call__(self, x: Tensor) -> Tensor:
         outputs = [part(x) for part in self.parts]
@@ -103,7 +129,7 @@ class ReferenceOps:
         return rows if scale == 1.0 else rows * scale
 
     def norm_linear(self, x: Tensor, norm: Norm | None, linear: Linear) -> Tensor:
-        return _apply(linear, normalize(x, norm))
+        return _apply(linear, self._normalize(x, norm))
 
     def gated_linear(self, x: Tensor, norm: Norm | None, linear: Linear, *, activation: Activation) -> Tensor:
         gate, up = self.norm_linear(x, norm, linear).chunk(2, dim=-1)
@@ -128,22 +154,25 @@ class ReferenceOps:
     def linear_add(
         self, x: Tensor, linear: Linear, residual: Tensor, *, post_norm: Norm | None = None, multiplier: float = 1.0
     ) -> Tensor:
-        y = normalize(_apply(linear, x), post_norm)
+        y = self._normalize(_apply(linear, x), post_norm)
         return residual + (y if multiplier == 1.0 else y * multiplier)
 
     def head(
         self, x: Tensor, norm: Norm | None, linear: Linear, *, scale: float = 1.0, soft_cap: float | None = None
     ) -> Tensor:
-        logits = _apply(linear, normalize(x, norm))
+        logits = _apply(linear, self._normalize(x, norm))
         logits = logits if scale == 1.0 else logits * scale
         return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
 
     def sample(self, logits: Tensor, draws: Tensor, allowed: Sequence[bytes | None] | None = None) -> Tensor:
         return sample(logits, draws, allowed)
 
-    def _pack_part(self, weight: Weight) -> _Part:
+    def _normalize(self, x: Tensor, norm: Norm | None) -> Tensor:
+        return normalize(x, norm)
+
+    def _pack_part(self, weight: Weight) -> Part:
         pre_scale = None if isinstance(weight, Tensor) else weight.pre_scale
-        return _Part(
+        return _Dequantized(
             values=(_values(weight) if self._is_compact else _values(weight).to(torch.float32)).to(self._device),
             pre_scale=None if pre_scale is None else pre_scale.to(self._device, torch.float32),
             activation=ActivationQuantization.NONE if isinstance(weight, Tensor) else weight.activation,

@@ -14,6 +14,7 @@ from qserve.device.kv_cache import KVCache, make_cache
 from qserve.device.runner import Model, ModelRunner
 from qserve.device.sampler import Sampler
 from qserve.engine.request import Chunk, Request, SamplingParams
+from qserve.kernels.ops import Ops
 from qserve.kernels.reference import ReferenceOps
 from qserve.quant.weight import Weight
 
@@ -36,18 +37,32 @@ def weights_of(theirs: Any) -> dict[str, Weight]:
     return weights
 
 
-def load(config: Mapping[str, Any], weights: Mapping[str, Weight], *, max_positions: int = MAX_POSITIONS) -> Decoder:
+def load(
+    config: Mapping[str, Any],
+    weights: Mapping[str, Weight],
+    *,
+    max_positions: int = MAX_POSITIONS,
+    device: torch.device = CPU,
+    ops: Ops | None = None,
+) -> Decoder:
+    """By plain torch, unless `ops` are given, which are for the same device."""
     spec = read_spec(config)
     assert spec is not None
-    return load_decoder(spec, weights, ops=ReferenceOps(device=CPU), device=CPU, max_positions=max_positions)
+    ops = ops or ReferenceOps(device=device)
+    return load_decoder(spec, weights, ops=ops, device=device, max_positions=max_positions)
 
 
-def cache_for(model: Model, *, dtype: torch.dtype = torch.float32, num_blocks: int = 256) -> KVCache:
-    return make_cache(model.cache_shapes, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=dtype, device=CPU)
+def cache_for(
+    model: Model, *, dtype: torch.dtype = torch.float32, num_blocks: int = 256, device: torch.device = CPU
+) -> KVCache:
+    return make_cache(model.cache_shapes, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=dtype, device=device)
 
 
-def runner_for(model: Model, *, seed: int = 0) -> ModelRunner:
-    return ModelRunner(model, cache_for(model), device=CPU, sampler=Sampler(seed=seed))
+def runner_for(
+    model: Model, *, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> ModelRunner:
+    sampler = Sampler(seed=seed)
+    return ModelRunner(model, cache_for(model, dtype=dtype, device=device), device=device, sampler=sampler)
 
 
 def prompt(length: int, *, seed: int = 0) -> list[int]:
@@ -61,13 +76,18 @@ def whole_logits(model: Model, token_ids: Sequence[int]) -> Tensor:
 
 @torch.inference_mode()
 def chunked_logits(
-    model: Model, prompts: Sequence[Sequence[int]], *, sizes: Sequence[int], dtype: torch.dtype = torch.float32
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sizes: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
 ) -> list[Tensor]:
     """Logits of every position of every prompt, all prompts in one batch, prompt i by sizes[i] tokens a step.
 
     Blocks are dealt out in turn, so that no prompt's blocks lie side by side.
     """
-    cache = cache_for(model, dtype=dtype)
+    cache = cache_for(model, dtype=dtype, device=device)
     requests = [Request(str(i), list(ids), GREEDY) for i, ids in enumerate(prompts)]
     blocks = [tuple(range(i, cache.num_blocks, len(prompts))) for i in range(len(prompts))]
     logits: list[list[Tensor]] = [[] for _ in prompts]
@@ -76,7 +96,7 @@ def chunked_logits(
         active = [i for i, request in enumerate(requests) if done[i] < request.num_tokens]
         ends = {i: min(done[i] + sizes[i], requests[i].num_tokens) for i in active}
         chunks = [Chunk(request=requests[i], start=done[i], end=ends[i], block_ids=blocks[i]) for i in active]
-        batch = make_batch(chunks, block_size=BLOCK_SIZE, device=CPU)
+        batch = make_batch(chunks, block_size=BLOCK_SIZE, device=device)
         rows = model.logits(model.forward(batch, cache)).clone().split(batch.chunk_tokens)
         for i, piece in zip(active, rows, strict=True):
             logits[i].append(piece)

@@ -59,14 +59,14 @@ def test_the_flat_batch() -> None:
     assert (batch.chunk_tokens, batch.chunk_ends) == ((5, 1), (11, 5))
 
 
-def test_the_table_is_as_wide_as_the_longest() -> None:
+def test_the_table_is_as_wide_as_the_longest_to_the_next_power_of_two() -> None:
     request = _request(prompt(20))
     chunks = [
         Chunk(request=request, start=0, end=9, block_ids=(9, 4, 7, 1, 2)),
         Chunk(request=request, start=0, end=4, block_ids=(3, 5)),
     ]
     batch = make_batch(chunks, block_size=4, device=CPU)
-    assert batch.block_tables.tolist() == [[9, 4, 7], [3, 0, 0]]
+    assert batch.block_tables.tolist() == [[9, 4, 7, 0], [3, 0, 0, 0]]
 
 
 def test_batches_written_in_place_are_those_made_anew() -> None:
@@ -234,7 +234,7 @@ def test_a_rounded_cache_is_close(model: Decoder, dtype: torch.dtype) -> None:
 
 def test_memory_and_warm_up(model: Decoder) -> None:
     runner = runner_for(model)
-    runner.warm_up(max_tokens=100)
+    runner.warm_up([100, 1])
     memory = runner.memory
     assert memory.block == 3 * 2 * 2 * BLOCK_SIZE * 16 * 4  # layers, keys and values, heads, positions, width, bytes
     assert memory.cache == runner.num_blocks * memory.block

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from itertools import islice, product
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import pre_tokenizers
@@ -20,7 +21,7 @@ from training.demo import cache_directory
 FLOAT = "bf16"
 GROUP_SIZE = 32  # where a recipe has groups; SmolLM2's width is no multiple of larger ones
 
-_BILLION = {
+BILLION: dict[str, Any] = {
     "hidden_size": 2048,
     "num_hidden_layers": 16,
     "num_attention_heads": 32,
@@ -62,14 +63,14 @@ def _billion() -> Path:
     if not target.is_dir():
         print(f"making {target}, once: about a minute and 2 GB", file=sys.stderr)
         torch.manual_seed(0)
-        config = LlamaConfig(**_BILLION, dtype="bfloat16")
+        config = LlamaConfig(**BILLION, dtype="bfloat16")
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
         try:
             model = LlamaForCausalLM(config)
         finally:
             torch.set_default_dtype(before)
-        files = {"tokenizer.json": json.dumps(_tokenizer(_BILLION["vocab_size"]))}
+        files = {"tokenizer.json": json.dumps(_tokenizer(BILLION["vocab_size"]))}
         save(target, model.state_dict(), config={**config.to_dict(), "dtype": "bfloat16"}, files=files)
     return target
 

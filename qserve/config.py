@@ -30,7 +30,7 @@ class DeviceConfig:
     threads: int = option(0, "compute threads; 0 takes every core this process may use", least=0)
     kernels: str = option(
         "auto",
-        "auto uses the compiled kernels where they can be built; reference is plain torch",
+        "auto uses the compiled kernels where they can be built, native insists on them; reference is plain torch",
         choices=("auto", "native", "reference"),
     )
     kv_cache_dtype: str = option(

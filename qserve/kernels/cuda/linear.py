@@ -4,6 +4,7 @@ For one row the products are float32. For more they are made on tensor cores, of
 significant bits and takes the first ones: an input or a weight is off by a 1024th of itself at most. Sums are float32.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,26 +21,24 @@ from qserve.quant.weight import ActivationQuantization, Weight
 
 @dataclass(frozen=True, slots=True)
 class _Tiling:
+    """What one program computes, and how many features of it at once."""
+
     rows: int
     columns: int
     features: int
 
 
-# The best of five or more for each, on an H100.
-_ONE_ROW = _Tiling(1, 4, 512)
-_SEVERAL_ROWS = _Tiling(32, 16, 128)
-_SEVERAL_ROWS_OF_MANY = _Tiling(32, 32, 128)
-_MANY_ROWS = _Tiling(64, 64, 32)
-_MANY = 8192  # outputs
+# Rows up to which, and outputs from which on, each is the best of five or more on an H100.
+_TILINGS = (
+    (1, 0, _Tiling(1, 4, 512)),
+    (64, 8192, _Tiling(32, 32, 128)),
+    (64, 0, _Tiling(32, 16, 128)),
+    (sys.maxsize, 0, _Tiling(64, 64, 32)),
+)
 
 
 def _choose_tiling(num_rows: int, out_features: int) -> _Tiling:
-    """What one program computes, and how many features of it at once."""
-    if num_rows == 1:
-        return _ONE_ROW
-    if num_rows > 64:
-        return _MANY_ROWS
-    return _SEVERAL_ROWS if out_features < _MANY else _SEVERAL_ROWS_OF_MANY
+    return next(tiling for most, least, tiling in _TILINGS if num_rows <= most and out_features >= least)
 
 
 # Inputs as numbers that fit into tf32, and what each row of them is to be multiplied with.

@@ -1,7 +1,6 @@
 """The CUDA path against the CPU's plain torch: logits, texts, and a whole engine. Runs where torch finds a device."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from qserve.engine.request import Request, SamplingParams
 from qserve.kernels.cuda.open import open_cuda
 from qserve.kernels.ops import Ops
 from qserve.kernels.reference import ReferenceOps
-from qserve.quant.weight import ActivationQuantization, QuantizedWeight
 from tests import tiny
 from tests.device.driving import CPU, GREEDY, chunked_logits, config_of, generate, load, prompt, runner_for, weights_of
-from tests.device.quantizing import quantize_float8, quantize_int4, quantize_int8, quantize_linears
+from tests.device.quantizing import DYNAMIC, WEIGHT_ONLY, quantize_linears
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
 
@@ -29,17 +27,6 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3
 OPS: dict[str, Callable[[], Ops]] = {
     "reference": lambda: ReferenceOps(device=CUDA),
     "triton": lambda: open_cuda(CUDA)[0],
-}
-WEIGHT_ONLY: dict[str, Callable[..., QuantizedWeight]] = {
-    "int4": quantize_int4,
-    "int4-offsets": partial(quantize_int4, has_offsets=True),
-    "int8": quantize_int8,
-    "float8": quantize_float8,
-}
-DYNAMIC: dict[str, Callable[..., QuantizedWeight]] = {
-    "int4-asymmetric": partial(quantize_int4, activation=ActivationQuantization.INT8_ASYMMETRIC),
-    "int8-symmetric": partial(quantize_int8, activation=ActivationQuantization.INT8_SYMMETRIC),
-    "float8": partial(quantize_float8, activation=ActivationQuantization.FLOAT8),
 }
 
 

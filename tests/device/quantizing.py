@@ -1,6 +1,8 @@
 """Plain quantizers, enough to make quantized models of every kind from random ones."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,6 +52,20 @@ def quantize_float8(values: Tensor, *, activation: ActivationQuantization = NONE
     scales = values.abs().amax(1, keepdim=True) / 448
     codes = (values / scales).to(torch.float8_e4m3fn)
     return replace(quantize_int8(values, activation=activation), codes=codes, scales=scales)
+
+
+WEIGHT_ONLY: dict[str, Callable[..., QuantizedWeight]] = {
+    "int4": quantize_int4,
+    "int4-offsets": partial(quantize_int4, has_offsets=True),
+    "int8": quantize_int8,
+    "float8": quantize_float8,
+}
+DYNAMIC: dict[str, Callable[..., QuantizedWeight]] = {
+    "int4-asymmetric": partial(quantize_int4, activation=ActivationQuantization.INT8_ASYMMETRIC),
+    "int8-asymmetric": partial(quantize_int8, activation=ActivationQuantization.INT8_ASYMMETRIC),
+    "int8-symmetric": partial(quantize_int8, activation=ActivationQuantization.INT8_SYMMETRIC),
+    "float8": partial(quantize_float8, activation=ActivationQuantization.FLOAT8),
+}
 
 
 def quantize_linears(weights: dict[str, Weight], quantize: Any) -> dict[str, Weight]:

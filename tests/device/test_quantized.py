@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -23,23 +22,8 @@ from tests.device.driving import (
     weights_of,
     whole_logits,
 )
-from tests.device.quantizing import imitate, quantize_float8, quantize_int4, quantize_int8, quantize_linears
+from tests.device.quantizing import DYNAMIC, WEIGHT_ONLY, imitate, quantize_int4, quantize_int8, quantize_linears
 from tests.tiny import make_model
-
-ASYMMETRIC = ActivationQuantization.INT8_ASYMMETRIC
-SYMMETRIC = ActivationQuantization.INT8_SYMMETRIC
-WEIGHT_ONLY: dict[str, Callable[..., QuantizedWeight]] = {
-    "int4": quantize_int4,
-    "int4-offsets": partial(quantize_int4, has_offsets=True),
-    "int8": quantize_int8,
-    "float8": quantize_float8,
-}
-DYNAMIC: dict[str, Callable[..., QuantizedWeight]] = {
-    "int4-asymmetric": partial(quantize_int4, activation=ASYMMETRIC),
-    "int8-asymmetric": partial(quantize_int8, activation=ASYMMETRIC),
-    "int8-symmetric": partial(quantize_int8, activation=SYMMETRIC),
-    "float8": partial(quantize_float8, activation=ActivationQuantization.FLOAT8),
-}
 
 
 @pytest.mark.parametrize("name", WEIGHT_ONLY)

@@ -27,7 +27,7 @@ class _Recorded:
     def replay(self, batch: Batch) -> Tensor:
         for field in fields(Batch):
             ours, given = getattr(self.batch, field.name), getattr(batch, field.name)
-            if isinstance(ours, Tensor) and field.name != "sample_rows":
+            if isinstance(ours, Tensor) and field.name != "sample_rows":  # which no stage reads
                 ours.copy_(given, non_blocking=True)
         self.graph.replay()
         return self.hidden

@@ -4,7 +4,6 @@ The interpreter multiplies in float32 where a GPU does in tf32, so there the sam
 """
 
 import importlib.util
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,14 +23,11 @@ from tests.device.quantizing import quantize_float8, quantize_int4, quantize_int
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+from qserve.kernels.cuda import attention, rows
+from qserve.kernels.cuda.linear import pack_part
+from qserve.kernels.cuda.ops import CudaOps
+
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined, so before the next lines
-
-from qserve.kernels.cuda import attention, rows  # noqa: E402
-from qserve.kernels.cuda.linear import pack_part  # noqa: E402
-from qserve.kernels.cuda.ops import CudaOps  # noqa: E402
-
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 TF32 = 2e-3 if HAS_GPU else 1e-6
 

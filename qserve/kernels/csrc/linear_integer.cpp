@@ -23,9 +23,15 @@ QSERVE_INLINE Codes load_codes(const uint8_t* from) {
 template <int Bits>
 constexpr int kUnitBytes = Bits == 4 ? 64 : 128;  // of eight codes for 16 channels
 
-// How far ahead of their use codes are fetched. Measured where weights come from memory: 2 to 4 KiB are as far as it takes,
-// and 8 cost a tenth; where they come from the last cache, 1 is too near.
-constexpr int kAhead = 3072;
+// How far ahead of its use a weight is fetched: first from wherever it is into the second level of the cache, which has
+// more requests under way than the first, and then from there. Either alone is slower, wherever weights come from.
+constexpr int kSecondLevel = 2, kFar = 12288, kNear = 1536;
+
+// `part`: what part of the codes' bytes this stream has beside them.
+QSERVE_INLINE void fetch_ahead(const void* stream, int part = 1) {
+  __builtin_prefetch((const uint8_t*)stream + kFar / part, 0, kSecondLevel);
+  __builtin_prefetch((const uint8_t*)stream + kNear / part);
+}
 
 // The dot products of one group, of Count rows and all their planes, with unsigned codes, from `sums` on. Few sums go
 // in two chains each, since one would wait for its own last addition.
@@ -34,8 +40,8 @@ QSERVE_INLINE void dot_group(const uint8_t* codes, int units, const int8_t* cons
   constexpr bool kIsSplit = Count < 4, kIsHighTimes16 = kIsSplit && Bits == 4;
   I32 others[Count] = {};
   for (int unit = 0; unit < units; ++unit, codes += kUnitBytes<Bits>, at += 8) {
-    __builtin_prefetch(codes + kAhead);
-    if constexpr (Bits == 8) __builtin_prefetch(codes + kAhead + 64);
+    fetch_ahead(codes);
+    if constexpr (Bits == 8) fetch_ahead(codes + 64);
     const Codes eight = load_codes<Bits, kIsHighTimes16>(codes);
     for (int i = 0; i < Count; ++i) {
       I32& high = kIsSplit ? others[i] : sums[i];
@@ -79,9 +85,9 @@ void multiply_tile(const Weight& w, const Rows& rows, const Output& output, int 
 
 // Beside the codes, multiples and constants are streams of their own, an eighth as wide where groups are of 32.
 QSERVE_INLINE void fetch_numbers(const Weight& w, int64_t index) {
-  const int64_t ahead = index * 2 * kLanes + kAhead / 8;
-  __builtin_prefetch((const uint8_t*)w.scales + ahead);
-  if (w.offsets != nullptr) __builtin_prefetch((const uint8_t*)w.offsets + ahead);
+  const int64_t at = index * 2 * kLanes;
+  fetch_ahead((const uint8_t*)w.scales + at, 8);
+  if (w.offsets != nullptr) fetch_ahead((const uint8_t*)w.offsets + at, 8);
 }
 
 // The same with aligned scales: sums of so many groups as 32 bits hold, of a narrow weight all, and of those in double.

@@ -124,7 +124,6 @@ inline Piece next_piece(const Layout& layout, const Task& task, int kv_head, int
 // A block table leads anywhere, which no hardware foresees, so the kernels fetch ahead: a part's values while they
 // score its keys, and the keys of the next part while they add up the values. Into the second level of the cache, which
 // has more requests under way: 20 GB/s against 16 over blocks of 2 KiB on two cores.
-constexpr int kSecondLevel = 2;
 
 QSERVE_INLINE void fetch_keys(const CacheLayout& blocks, const Piece& piece, int step) {
   if (step >= piece.steps || piece.keys[step] == nullptr) return;

@@ -97,7 +97,7 @@ class Unpacker {
 
   // Which half of its step comes next is the caller's to know.
   QSERVE_INLINE void operator()(int half, int8_t* step) {
-    constexpr int kUnits = 4, kRun = Inputs / 8, kAhead = 8192, kSecondLevel = 2;  // fetched so many bytes ahead
+    constexpr int kUnits = 4, kRun = Inputs / 8, kAhead = 8192;  // fetched so many bytes ahead
     int8_t* to = step + half * kUnits * 128;
 #pragma GCC unroll 4
     for (int unit = 0; unit < kUnits; unit += kRun) {

@@ -14,6 +14,7 @@
 namespace qserve {
 
 constexpr int kLanes = 16;
+constexpr int kSecondLevel = 2;  // of the cache, as __builtin_prefetch counts
 
 typedef float F32 __attribute__((vector_size(64)));
 typedef int32_t I32 __attribute__((vector_size(64)));

@@ -24,8 +24,8 @@ template <int Bits>
 constexpr int kUnitBytes = Bits == 4 ? 64 : 128;  // of eight codes for 16 channels
 
 // How far ahead of its use a weight is fetched: first from wherever it is into the second level of the cache, which has
-// more requests under way than the first, and then from there. Either alone is slower, wherever weights come from.
-constexpr int kSecondLevel = 2, kFar = 12288, kNear = 1536;
+// more requests under way than the first, and then from there. Measured for one row: either alone was slower.
+constexpr int kFar = 12288, kNear = 1536;
 
 // `part`: what part of the codes' bytes this stream has beside them.
 QSERVE_INLINE void fetch_ahead(const void* stream, int part = 1) {

@@ -83,11 +83,6 @@ void merge_parts(const Layout& layout, const Task& item, int kv_head, const Stat
 
 }  // namespace
 
-void clear(const States& states, int64_t count, int64_t padded_dim) {
-  for (int64_t i = 0; i < count; i += kLanes) store(states.maxima + i, splat(kNothing)), store(states.sums + i, F32{});
-  memset(states.values, 0, count * padded_dim * sizeof(float));
-}
-
 void merge(const States& total, const States& part, int64_t count, int64_t padded_dim) {
   for (int64_t first = 0; first < count; first += kLanes) {
     const F32 old = load<F32>(total.maxima + first), added = load<F32>(part.maxima + first);
@@ -106,10 +101,19 @@ void finish(const Layout& layout, const Task& task, int kv_head, const States& s
   const int64_t head_dim = layout.attention.head_dim;
   for (int64_t i = 0; i < layout.count_queries(task); ++i) {
     const F32 factor = splat(1.0f / states.sums[i]);
-    float* output = layout.output(task, kv_head, i);
+    float* output = layout.output(task, kv_head, (int)i);
     for (int64_t d = 0; d < head_dim; d += kLanes)
       store_some(output + d, load<F32>(states.values + i * layout.padded_dim + d) * factor, (int)(head_dim - d));
   }
+}
+
+void put_states(const Layout& layout, const Task& task, int kv_head, const States& states, const States& partials) {
+  if (task.slot < 0) return finish(layout, task, kv_head, states);
+  const int64_t count = layout.count_queries(task), slot = task.slot + kv_head * count_padded(layout, task);
+  const States to = states_from(partials, slot, layout.padded_dim);
+  memcpy(to.maxima, states.maxima, count * sizeof(float));
+  memcpy(to.sums, states.sums, count * sizeof(float));
+  memcpy(to.values, states.values, count * layout.padded_dim * sizeof(float));
 }
 
 void run_attend(const Stage& stage, Scratch& scratch, Team& team) {
@@ -120,7 +124,12 @@ void run_attend(const Stage& stage, Scratch& scratch, Team& team) {
   const auto attend_floats = is_tiles ? attend_tiles : attend_lanes;
   const auto attend_codes = is_tiles ? attend_code_tiles : attend_code_lanes;
   const auto attend = layout.cache.type == kCodes ? attend_codes : attend_floats;
-  team.run((int64_t)plan.tasks.size(), [&](int64_t task) { attend(layout, plan.tasks[task], partials); });
+  // Neighbours together, for a thread fetches ahead from one to the next.
+  const int64_t num_tasks = (int64_t)plan.tasks.size();
+  const Pieces pieces = {num_tasks, share_out(num_tasks, kTasksPerThread * team.size())};
+  team.run(pieces.count(), [&](int64_t piece) {
+    attend(layout, &plan.tasks[pieces.begin(piece)], plan.tasks.data() + pieces.end(piece), partials);
+  });
   const int num_kv_heads = layout.attention.num_kv_heads;
   team.run((int64_t)plan.split.size() * num_kv_heads, [&](int64_t task) {
     merge_parts(layout, plan.split[task / num_kv_heads], (int)(task % num_kv_heads), partials);

@@ -127,8 +127,8 @@ class CodeLaneKernel : public CodeKernel<CodeLaneKernel> {
 
 }  // namespace
 
-void attend_code_lanes(const Layout& layout, const Task& task, const States& partials) {
-  attend_task<CodeLaneKernel>(layout, task, partials);
+void attend_code_lanes(const Layout& layout, const Task* begin, const Task* end, const States& partials) {
+  Walk<CodeLaneKernel>(layout, begin, end, partials);
 }
 
 }  // namespace qserve

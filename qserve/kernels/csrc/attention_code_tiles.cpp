@@ -123,13 +123,13 @@ class CodeTileKernel : public CodeKernel<CodeTileKernel> {
 
 }  // namespace
 
-void attend_code_tiles(const Layout& layout, const Task& task, const States& partials) {
-  attend_task<CodeTileKernel>(layout, task, partials);
+void attend_code_tiles(const Layout& layout, const Task* begin, const Task* end, const States& partials) {
+  Walk<CodeTileKernel>(layout, begin, end, partials);
 }
 
 #else
 
-void attend_code_tiles(const Layout&, const Task&, const States&) {}
+void attend_code_tiles(const Layout&, const Task*, const Task*, const States&) {}
 
 #endif
 

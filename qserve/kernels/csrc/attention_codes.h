@@ -45,6 +45,8 @@ QSERVE_INLINE F32 join_whole(I32 upper, I32 lower) { return fused(to_float(upper
 template <class Kernel>
 class CodeKernel {
  public:
+  static constexpr bool kIsForManyHeads = false;
+
   CodeKernel(const Layout& layout, const Task& task, Scratch& scratch)
       : layout_(layout),
         task_(task),
@@ -58,9 +60,10 @@ class CodeKernel {
     factors_ = scratch.take<float>(count_);
   }
 
-  void start(int kv_head) {
+  void start(Heads heads) {
+    const int kv_head = heads.begin;
     for (int64_t i = 0; i < count_; ++i) {
-      const float* query = layout_.query(task_, kv_head, i);
+      const float* query = layout_.query(task_, kv_head, (int)i);
       F32 sizes = splat(kLeast);
       for (int64_t d = 0; d < head_dim_; d += kLanes)
         sizes = larger_size(sizes, load_some(query + d, (int)(head_dim_ - d)));
@@ -81,13 +84,15 @@ class CodeKernel {
     if (piece.steps < kSteps) piece.value_scales[piece.steps] = piece.value_scales[piece.steps - 1];
   }
 
-  void attend(const Piece& piece, int64_t first, int64_t count, const Piece& next, const States& states) {
+  void attend(HeadPieces& pieces, int64_t first, int64_t count, Fetcher& fetcher, const States& states) {
+    Piece& piece = pieces.of[0];
     Kernel& kernel = *(Kernel*)this;
-    for (int s = 0; s < piece.steps && first == 0; ++s) fetch_values(layout_.blocks, piece, s);
+    if (first == 0) kernel.prepare(piece);
+    if (first == 0) fetcher.steps(piece.steps);
     kernel.score(piece, first, count);
     for (int64_t i = 0; i < count; i += kTogether)
       with_count(count - i, [&](auto some) { weigh_some<decltype(some)::value>(piece, first, i, states); });
-    for (int s = 0; s < next.steps; ++s) fetch_keys(layout_.blocks, next, s);
+    if (first == 0) fetcher.steps(piece.steps);
     kernel.mix(piece, first, count, states.values);
   }
 

@@ -52,6 +52,8 @@ QSERVE_INLINE float load_one(const char* from, int64_t index) {
 template <int Type>
 class LaneKernel {
  public:
+  static constexpr bool kIsForManyHeads = false;
+
   LaneKernel(const Layout& layout, const Task& task, Scratch& scratch)
       : layout_(layout), task_(task), head_dim_(layout.attention.head_dim), scale_(layout.attention) {
     queries_ = scratch.take<float>(layout.count_queries(task) * layout.padded_dim);
@@ -60,26 +62,24 @@ class LaneKernel {
     values_ = scratch.take<float>(kPart * head_dim_);
   }
 
-  void start(int kv_head) {
+  void start(Heads heads) {
+    const int kv_head = heads.begin;
     for (int64_t i = 0; i < layout_.count_queries(task_); ++i) {
-      const float* query = layout_.query(task_, kv_head, i);
+      const float* query = layout_.query(task_, kv_head, (int)i);
       for (int64_t d = 0; d < head_dim_; d += kLanes)
         store(query_at(i) + d, load_some(query + d, (int)(head_dim_ - d)) * splat(scale_.factor));
     }
   }
 
-  void prepare(Piece& piece) {
-    if (layout_.blocks.has_whole_steps()) return;
-    layout_.cache.type == kF32 ? collect<kF32>(piece) : collect<kBF16>(piece);
-  }
-
-  void attend(const Piece& piece, int64_t first, int64_t count, const Piece& next, const States& states) {
-    for (int s = 0; s < piece.steps && first == 0; ++s) fetch_values(layout_.blocks, piece, s);
+  void attend(HeadPieces& pieces, int64_t first, int64_t count, Fetcher& fetcher, const States& states) {
+    Piece& piece = pieces.of[0];
+    if (first == 0) prepare(piece);
+    if (first == 0) fetcher.steps(piece.steps);
     for (int64_t i = 0; i < count; i += kMaxHeads)
       with_count(count - i, [&](auto heads) {
         attend_some<decltype(heads)::value>(piece, first + i, states_from(states, i, layout_.padded_dim));
       });
-    for (int s = 0; s < next.steps; ++s) fetch_keys(layout_.blocks, next, s);
+    if (first == 0) fetcher.steps(piece.steps);
   }
 
  private:
@@ -104,6 +104,11 @@ class LaneKernel {
       with_count((layout_.padded_dim - column) / kLanes, [&](auto width) {
         mix<Type, Heads, decltype(width)::value>(piece, weights_, head_dim_, column, states.values, layout_.padded_dim);
       });
+  }
+
+  void prepare(Piece& piece) {
+    if (layout_.blocks.has_whole_steps()) return;
+    layout_.cache.type == kF32 ? collect<kF32>(piece) : collect<kBF16>(piece);
   }
 
   // Copies a piece whose steps do not stand in one block each.
@@ -138,9 +143,10 @@ class LaneKernel {
 
 }  // namespace
 
-void attend_lanes(const Layout& layout, const Task& task, const States& partials) {
+void attend_lanes(const Layout& layout, const Task* begin, const Task* end, const States& partials) {
   const bool is_bf16 = layout.cache.type == kBF16 && layout.blocks.has_whole_steps();
-  is_bf16 ? attend_task<LaneKernel<kBF16>>(layout, task, partials) : attend_task<LaneKernel<kF32>>(layout, task, partials);
+  if (is_bf16) Walk<LaneKernel<kBF16>>(layout, begin, end, partials);
+  if (!is_bf16) Walk<LaneKernel<kF32>>(layout, begin, end, partials);
 }
 
 }  // namespace qserve

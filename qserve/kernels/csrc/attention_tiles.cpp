@@ -54,93 +54,115 @@ QSERVE_INLINE void split(F32 first, F32 second, uint16_t* upper, uint16_t* lower
 
 class TileKernel {
  public:
+  static constexpr bool kIsForManyHeads = true;
+
   TileKernel(const Layout& layout, const Task& task, Scratch& scratch)
       : layout_(layout),
         task_(task),
         count_(layout.count_queries(task)),
         head_dim_(layout.attention.head_dim),
         scale_(layout.attention),
-        tiles_(count_ < kQueries ? count_ : kQueries) {
+        tiles_(std::min<int64_t>(count_, kQueries)) {
     const int64_t padded = (count_ + kQueries - 1) / kQueries * kQueries;
     upper_ = scratch.take<uint16_t>(padded * head_dim_);
     lower_ = scratch.take<uint16_t>(padded * head_dim_);
-    clean_ = scratch.take<char>(kStep * head_dim_ * 2);
+    clean_ = scratch.take<char>(kQueries * kStep * head_dim_ * 2);
   }
 
-  void start(int kv_head) {
-    for (int64_t i = 0; i < count_; ++i) {
-      const float* query = layout_.query(task_, kv_head, i);
-      const F32 factor = splat(scale_.factor);
-      for (int64_t d = 0; d < head_dim_; d += kDepth)
-        split(load<F32>(query + d) * factor, load<F32>(query + d + kLanes) * factor, upper_ + i * head_dim_ + d,
-              lower_ + i * head_dim_ + d);
-    }
+  void start(Heads heads) {
+    for (int h = 0; h < heads.count(); ++h)
+      for (int i = 0; i < count_; ++i) split_query(layout_.query(task_, heads.begin + h, i), (h * count_ + i) * head_dim_);
   }
 
-  // A weight of zero times whatever stands past the last position is not always zero.
-  void prepare(Piece& piece) {
-    const int64_t last = piece.steps - 1, seen = piece.end - piece.begin - last * kStep;
-    if (seen == kStep) return;
-    for (int64_t pair = 0; pair < kStep / 2; ++pair) {
-      const uint32_t mask = seen > 2 * pair + 1 ? 0xffffffffu : seen > 2 * pair ? 0xffffu : 0;
-      for (int64_t at = pair * head_dim_ * 4; at < (pair + 1) * head_dim_ * 4; at += 64)
-        store(clean_ + at, load<U32>(piece.values[last] + at) & mask);
-    }
-    piece.values[last] = clean_;
-  }
-
-  void attend(const Piece& piece, int64_t first, int64_t count, const Piece& next, const States& states) {
-    score(piece, first);
+  void attend(HeadPieces& pieces, int64_t first, int64_t count, Fetcher& all, const States& states) {
+    Fetcher* const fetcher = first == 0 ? &all : nullptr;
+    for (int h = 0; h < pieces.count; ++h) score(pieces.of[h], first + h * count_, h * count_, fetcher);
     for (int64_t i = 0; i < count; i += kTogether)
-      with_count(count - i, [&](auto some) { weigh_some<decltype(some)::value>(piece, first, i, states); });
-    int64_t column = 0;
-    for (; column + 4 * kColumns <= head_dim_; column += 4 * kColumns) mix<4>(piece, column, next, states.values);
-    if (column < head_dim_) mix<2>(piece, column, next, states.values);
+      with_count(count - i, [&](auto some) {
+        weigh_some<decltype(some)::value>(pieces.of[0], first + i, i, fetcher, states_from(states, i, 0));
+      });
+    if (first == 0) clean_last(pieces);
+    for (int h = 0; h < pieces.count; ++h)
+      mix(pieces.of[h], h * count_, fetcher, states.values + h * count_ * head_dim_);
   }
 
  private:
-  void score(const Piece& piece, int64_t first) {
+  void split_query(const float* query, int64_t to) {
+    const F32 factor = splat(scale_.factor);
+    for (int64_t d = 0; d < head_dim_; d += kDepth)
+      split(load<F32>(query + d) * factor, load<F32>(query + d + kLanes) * factor, upper_ + to + d, lower_ + to + d);
+  }
+
+  // A weight of zero times whatever stands past the last position is not always zero.
+  void clean_last(HeadPieces& pieces) const {
+    const Piece& one = pieces.of[0];
+    const int64_t last = one.steps - 1, seen = one.end - one.begin - last * kStep, bytes = kStep * head_dim_ * 2;
+    if (seen == kStep) return;
+    for (int h = 0; h < pieces.count; ++h) {
+      clean_values(pieces.of[h].values[last], seen, clean_ + h * bytes);
+      pieces.of[h].values[last] = clean_ + h * bytes;
+    }
+  }
+
+  void clean_values(const char* values, int64_t seen, char* to) const {
+    for (int64_t pair = 0; pair < kStep / 2; ++pair) {
+      const uint32_t mask = seen > 2 * pair + 1 ? 0xffffffffu : seen > 2 * pair ? 0xffffu : 0;
+      for (int64_t at = pair * head_dim_ * 4; at < (pair + 1) * head_dim_ * 4; at += 64)
+        store(to + at, load<U32>(values + at) & mask);
+    }
+  }
+
+  void score(const Piece& piece, int64_t query, int64_t row, Fetcher* fetcher) {
     const int64_t stride = layout_.blocks.key_stride() * 2;
+    const uint16_t *upper = upper_ + query * head_dim_, *lower = lower_ + query * head_dim_;
     finish_stores();
     for (int s = 0; s < piece.steps; ++s) {
-      if (first == 0) fetch_values(layout_.blocks, piece, s);
+      if (fetcher != nullptr) fetcher->step();
       _tile_zero(0);
       for (int64_t d = 0; d < head_dim_; d += kDepth) {
         _tile_loadd(4, piece.keys[s] + d / 2 * stride, stride);
-        _tile_loadd(2, upper_ + first * head_dim_ + d, head_dim_ * 2);
-        _tile_loadd(3, lower_ + first * head_dim_ + d, head_dim_ * 2);
+        _tile_loadd(2, upper + d, head_dim_ * 2);
+        _tile_loadd(3, lower + d, head_dim_ * 2);
         _tile_dpbf16ps(0, 2, 4);
         _tile_dpbf16ps(0, 3, 4);
       }
-      _tile_stored(0, scores_ + s * kStep, kPart * 4);
+      _tile_stored(0, scores_ + row * kPart + s * kStep, kPart * 4);
     }
   }
 
   template <int Count>
-  void weigh_some(const Piece& piece, int64_t first, int64_t index, const States& states) {
+  void weigh_some(const Piece& piece, int64_t query, int64_t row, Fetcher* fetcher, const States& states) {
     Span spans[Count];
-    for (int q = 0; q < Count; ++q) spans[q] = Span(layout_, task_, piece, first + index + q);
-    uint16_t *upper = upper_weights_ + index * kPart, *lower = lower_weights_ + index * kPart;
-    weigh<Count>(scale_, spans, scores_ + index * kPart, piece.steps, states_from(states, index, 0),
-                 [&](int q, int s, F32 some, F32 more) {
-                   split(some, more, upper + q * kPart + s * kStep, lower + q * kPart + s * kStep);
-                 });
+    for (int q = 0; q < Count; ++q) spans[q] = Span(layout_, task_, piece, (int)(query + q) % (int)count_);
+    uint16_t *upper = upper_weights_ + row * kPart, *lower = lower_weights_ + row * kPart;
+    weigh<Count>(scale_, spans, scores_ + row * kPart, piece.steps, states, [&](int q, int s, F32 some, F32 more) {
+      if (fetcher != nullptr) fetcher->idle();
+      split(some, more, upper + q * kPart + s * kStep, lower + q * kPart + s * kStep);
+    });
+  }
+
+  void mix(const Piece& piece, int64_t row, Fetcher* fetcher, float* values) {
+    finish_stores();
+    int64_t column = 0;
+    for (; column + 4 * kColumns <= head_dim_; column += 4 * kColumns)
+      mix_some<4>(piece, row, column, column == 0 ? fetcher : nullptr, values + column);
+    if (column < head_dim_) mix_some<2>(piece, row, column, column == 0 ? fetcher : nullptr, values + column);
   }
 
   // The weighted sums of Count tiles of columns.
   template <int Count>
-  void mix(const Piece& piece, int64_t column, const Piece& next, float* values) {
+  void mix_some(const Piece& piece, int64_t row, int64_t column, Fetcher* fetcher, float* values) {
+    const uint16_t *upper = upper_weights_ + row * kPart, *lower = lower_weights_ + row * kPart;
     const int64_t stride = head_dim_ * 4;
-    finish_stores();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int s = 0; s < piece.steps; ++s) {
-      if (column == 0) fetch_keys(layout_.blocks, next, s);
+      if (fetcher != nullptr) fetcher->step();
       const char* from = piece.values[s] + column * 4;
-      _tile_loadd(6, upper_weights_ + s * kStep, kPart * 2);
-      _tile_loadd(7, lower_weights_ + s * kStep, kPart * 2);
+      _tile_loadd(6, upper + s * kStep, kPart * 2);
+      _tile_loadd(7, lower + s * kStep, kPart * 2);
       _tile_loadd(5, from, stride);
       _tile_dpbf16ps(0, 6, 5);
       _tile_dpbf16ps(0, 7, 5);
@@ -155,12 +177,11 @@ class TileKernel {
       _tile_dpbf16ps(3, 6, 5);
       _tile_dpbf16ps(3, 7, 5);
     }
-    for (int s = piece.steps; s < next.steps && column == 0; ++s) fetch_keys(layout_.blocks, next, s);
-    _tile_stored(0, values + column, stride);
-    _tile_stored(1, values + column + kColumns, stride);
+    _tile_stored(0, values, stride);
+    _tile_stored(1, values + kColumns, stride);
     if (Count < 4) return;
-    _tile_stored(2, values + column + 2 * kColumns, stride);
-    _tile_stored(3, values + column + 3 * kColumns, stride);
+    _tile_stored(2, values + 2 * kColumns, stride);
+    _tile_stored(3, values + 3 * kColumns, stride);
   }
 
   const Layout& layout_;
@@ -169,20 +190,20 @@ class TileKernel {
   Scale scale_;
   AttentionTiles tiles_;
   uint16_t *upper_, *lower_;  // queries, (count, head_dim)
-  char* clean_;               // the values of a last step, without what no row may see
+  char* clean_;               // the values of last steps, without what no row may see
   alignas(64) float scores_[kQueries * kPart];
   alignas(64) uint16_t upper_weights_[kQueries * kPart], lower_weights_[kQueries * kPart];
 };
 
 }  // namespace
 
-void attend_tiles(const Layout& layout, const Task& task, const States& partials) {
-  attend_task<TileKernel>(layout, task, partials);
+void attend_tiles(const Layout& layout, const Task* begin, const Task* end, const States& partials) {
+  Walk<TileKernel>(layout, begin, end, partials);
 }
 
 #else
 
-void attend_tiles(const Layout&, const Task&, const States&) {}
+void attend_tiles(const Layout&, const Task*, const Task*, const States&) {}
 
 #endif
 

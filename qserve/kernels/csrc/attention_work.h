@@ -11,7 +11,9 @@
 // order. So one thread over all parts and many threads over one each have the same bits, and so has any chunking:
 // a position that a row may not see adds exact zeros.
 #pragma once
+#include <algorithm>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cache_layout.h"
@@ -76,13 +78,15 @@ struct Layout {
         padded_dim((attention.head_dim + kLanes - 1) / kLanes * kLanes) {}
 
   int64_t count_queries(const Task& task) const { return (task.end - task.begin) * group; }
-  const float* query(const Task& task, int kv_head, int64_t index) const {
-    const int64_t row = task.begin + index / group, head = kv_head * group + index % group;
-    return (const float*)stage.input + row * stage.input_stride + head * attention.head_dim;
+  const float* query(const Task& task, int kv_head, int index) const {
+    return (const float*)stage.input + place(task, kv_head, index, stage.input_stride);
   }
-  float* output(const Task& task, int kv_head, int64_t index) const {
-    const int64_t row = task.begin + index / group, head = kv_head * group + index % group;
-    return stage.output + row * stage.output_stride + (int64_t)head * attention.head_dim;
+  float* output(const Task& task, int kv_head, int index) const {
+    return stage.output + place(task, kv_head, index, stage.output_stride);
+  }
+  int64_t place(const Task& task, int kv_head, int index, int64_t stride) const {
+    const int64_t head = kv_head * group + index % group;
+    return (task.begin + index / group) * stride + head * attention.head_dim;
   }
   int64_t last_position(int64_t row) const { return stage.step->positions[row]; }
   int64_t first_position(int64_t row) const {
@@ -114,30 +118,101 @@ inline Piece make_piece(const Layout& layout, const Task& task, int kv_head, int
   return piece;
 }
 
-// Which piece a task comes to after this part of this kv head.
-inline Piece next_piece(const Layout& layout, const Task& task, int kv_head, int part) {
-  if (part + 1 < task.part_end) return make_piece(layout, task, kv_head, part + 1);
-  if (kv_head + 1 < task.kv_end) return make_piece(layout, task, kv_head + 1, task.part);
-  return Piece{};
-}
+// Kv heads [begin, end) whose queries are computed together: as many as a tile has rows for.
+struct Heads {
+  int begin, end;
+  int count() const { return end - begin; }
+};
 
-// A block table leads anywhere, which no hardware foresees, so the kernels fetch ahead: a part's values while they
-// score its keys, and the keys of the next part while they add up the values. Into the second level of the cache, which
-// has more requests under way: 20 GB/s against 16 over blocks of 2 KiB on two cores.
+// Where a thread is among its tasks.
+struct Place {
+  const Task* task;
+  Heads heads;
+  int part;
+};
 
-QSERVE_INLINE void fetch_keys(const CacheLayout& blocks, const Piece& piece, int step) {
-  if (step >= piece.steps || piece.keys[step] == nullptr) return;
-  const int64_t stride = blocks.key_stride() * blocks.element;
-  for (int64_t row = 0; row < blocks.key_rows(); ++row) __builtin_prefetch(piece.keys[step] + row * stride, 0, kSecondLevel);
-  if (piece.key_scales[step] != nullptr) __builtin_prefetch(piece.key_scales[step], 0, kSecondLevel);
-}
+// The same part of the context for each of some heads.
+struct HeadPieces {
+  int count = 0;
+  Piece of[kQueries];
 
-QSERVE_INLINE void fetch_values(const CacheLayout& blocks, const Piece& piece, int step) {
-  if (piece.values[step] == nullptr) return;
-  const int64_t bytes = kStep * blocks.head_dim * blocks.element;
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(piece.values[step] + at, 0, kSecondLevel);
-  if (piece.value_scales[step] != nullptr) __builtin_prefetch(piece.value_scales[step], 0, kSecondLevel);
-}
+  void set(const Layout& layout, const Place& place) {
+    count = place.heads.count();
+    for (int h = 0; h < count; ++h) of[h] = make_piece(layout, *place.task, place.heads.begin + h, place.part);
+  }
+  int steps() const { return count > 0 ? of[0].steps : 0; }
+};
+
+// Fetches what a kernel comes to: a block table leads anywhere, which no hardware foresees. Memory is the limit of single
+// rows, so it is to have requests all the time: whoever comes to a step has about one fetched, and who reads nothing for a
+// while some more. Into the second level of the cache, which has more requests under way.
+class Fetcher {
+ public:
+  explicit Fetcher(const CacheLayout& blocks)
+      : key_line_(kLine * blocks.block_size / kStep),
+        lines_(kStep * blocks.head_dim * blocks.element / kLine / kQuarters) {}
+
+  // A kernel comes to the keys of all heads, then to their values, then to the next keys.
+  void set(const HeadPieces& now, const HeadPieces& next) {
+    fetched_ = std::max<int64_t>(fetched_ - kQuarters * own_, 0), reached_ = 0, count_ = 0;
+    add_keys(now, kMostRuns);
+    add_values(now);
+    own_ = count_;
+    add_keys(next, own_ + kAhead);
+    if (fetched_ == 0) fetch(kQuarters * kAhead);
+  }
+
+  void step() {
+    const bool is_near = fetched_ < kQuarters * (++reached_ + kNear);
+    fetch(is_near ? kQuarters : kQuarters - 1);
+  }
+  void steps(int count) {
+    for (; count > 0; --count) step();
+  }
+  void idle() { fetch(1); }
+
+ private:
+  static constexpr int64_t kLine = 64, kQuarters = 4;
+  static constexpr int64_t kNear = 4, kAhead = 8;  // runs; measured
+  static constexpr int64_t kMostRuns = 2 * kQueries * kSteps;
+
+  // The keys, or the values, of a step.
+  struct Run {
+    const char* begin;
+    int64_t stride;  // from line to line
+    const float* scales[2];
+  };
+
+  void add_keys(const HeadPieces& pieces, int64_t most) {
+    for (int h = 0; h < pieces.count; ++h)
+      for (int s = 0; s < pieces.steps() && count_ < most; ++s) {
+        const Piece& piece = pieces.of[h];
+        if (piece.keys[s] != nullptr)
+          runs_[count_++] = {piece.keys[s], key_line_, {piece.key_scales[s], piece.value_scales[s]}};
+      }
+  }
+
+  void add_values(const HeadPieces& pieces) {
+    for (int h = 0; h < pieces.count; ++h)
+      for (int s = 0; s < pieces.steps(); ++s)
+        if (pieces.of[h].values[s] != nullptr) runs_[count_++] = {pieces.of[h].values[s], kLine, {}};
+  }
+
+  QSERVE_INLINE void fetch(int64_t quarters) {
+    for (; quarters > 0 && fetched_ < kQuarters * count_; --quarters, ++fetched_) {
+      const Run& run = runs_[fetched_ / kQuarters];
+      const char* at = run.begin + fetched_ % kQuarters * lines_ * run.stride;
+      for (int64_t i = 0; i < lines_; ++i, at += run.stride) __builtin_prefetch(at, 0, kSecondLevel);
+      if (fetched_ % kQuarters > 0 || run.scales[0] == nullptr) continue;
+      for (const float* scales : run.scales) __builtin_prefetch(scales, 0, kSecondLevel);
+    }
+  }
+
+  int64_t key_line_, lines_;             // of a quarter
+  int64_t own_ = 0, count_ = 0;          // runs: without the next keys, and all
+  int64_t fetched_ = 0, reached_ = 0;    // quarters; runs
+  Run runs_[kMostRuns + kAhead];
+};
 
 inline States take_states(Scratch& scratch, int64_t count, int64_t padded_dim) {
   const int64_t whole = (count + kQueries - 1) / kQueries * kQueries;
@@ -148,10 +223,11 @@ inline States states_from(const States& states, int64_t first, int64_t padded_di
   return {states.maxima + first, states.sums + first, states.values + first * padded_dim};
 }
 
-void clear(const States& states, int64_t count, int64_t padded_dim);
 // Takes later positions into a total. Where one of the two has seen nothing, the other comes out as it was.
 void merge(const States& total, const States& part, int64_t count, int64_t padded_dim);
 void finish(const Layout& layout, const Task& task, int kv_head, const States& states);
+// What a task knows of a kv head, to where it goes: partial results, or rows.
+void put_states(const Layout& layout, const Task& task, int kv_head, const States& states, const States& partials);
 
 // From a product of query and key to the exponent of its weight: a factor that the query takes with it, then the cap.
 struct Scale {
@@ -219,40 +295,79 @@ QSERVE_INLINE void weigh(const Scale& scale, const Span* spans, float* scores, i
   for (int q = 0; q < Count; ++q) states.sums[q] = sum_lanes(sums[q]);
 }
 
-// One task, by a kernel: Kernel(layout, task, scratch); start(kv_head) reads its queries; prepare(piece) may put better
-// addresses into a piece; attend(piece, first, count, next, states) fills the states of up to kQueries queries from
-// `first`, and fetches what `next` begins with.
+// A thread's way through some tasks, by a kernel: Kernel(layout, task, scratch); start(heads) reads their queries;
+// attend(pieces, first, count, fetcher, states) fills the states of up to kQueries queries from `first`, those of one head,
+// or all those of some heads. Pieces are read by their first queries, and by others from the caches.
 template <class Kernel>
-void attend_task(const Layout& layout, const Task& task, const States& partials) {
-  Scratch& scratch = thread_scratch();
-  scratch.reset();
-  const int64_t count = layout.count_queries(task), padded_count = (count + kQueries - 1) / kQueries * kQueries;
-  const bool is_whole = task.slot < 0;
-  const States own = take_states(scratch, is_whole ? count : 0, layout.padded_dim);
-  const States part = take_states(scratch, kQueries, layout.padded_dim);
-  Piece piece = make_piece(layout, task, task.kv_head, task.part);
-  for (int s = 0; s < piece.steps; ++s) fetch_keys(layout.blocks, piece, s);
-  Kernel kernel(layout, task, scratch);
-  for (int kv_head = task.kv_head; kv_head < task.kv_end; ++kv_head) {
-    const States total =
-        is_whole ? own : states_from(partials, task.slot + kv_head * padded_count, layout.padded_dim);
-    clear(total, count, layout.padded_dim);
-    kernel.start(kv_head);
-    for (int p = task.part; p < task.part_end; ++p) {
-      const Piece next = next_piece(layout, task, kv_head, p);
-      kernel.prepare(piece);
-      for (int64_t first = 0; first < count; first += kQueries) {
-        const int64_t some = count - first < kQueries ? count - first : kQueries;
-        kernel.attend(piece, first, some, first + some < count ? Piece{} : next, part);
-        merge(states_from(total, first, layout.padded_dim), part, some, layout.padded_dim);
-      }
-      piece = next;
-    }
-    if (is_whole) finish(layout, task, kv_head, total);
+class Walk {
+ public:
+  Walk(const Layout& layout, const Task* begin, const Task* end, const States& partials)
+      : layout_(layout), end_(end), partials_(partials), fetcher_(layout.blocks) {
+    Place place = start_of(begin, begin->kv_head);
+    pieces_->set(layout, place);
+    while (place.task < end) place = attend_task(place);
   }
-}
 
-using Attend = void(const Layout& layout, const Task& task, const States& partials);
+ private:
+  Place start_of(const Task* task, int kv_head) const {
+    const int count = (int)layout_.count_queries(*task);
+    const int together = Kernel::kIsForManyHeads ? std::max(kQueries / count, 1) : 1;
+    return {task, {kv_head, std::min(kv_head + together, task->kv_end)}, task->part};
+  }
+
+  Place after(const Place& place) const {
+    const Task* task = place.task;
+    if (place.part + 1 < task->part_end) return {task, place.heads, place.part + 1};
+    if (place.heads.end < task->kv_end) return start_of(task, place.heads.end);
+    return task + 1 < end_ ? start_of(task + 1, task[1].kv_head) : Place{end_, {0, 0}, 0};
+  }
+
+  Place attend_task(Place place) {
+    const Task* task = place.task;
+    Scratch& scratch = thread_scratch();
+    scratch.reset();
+    total_ = take_states(scratch, layout_.count_queries(*task), layout_.padded_dim);
+    part_ = take_states(scratch, kQueries, layout_.padded_dim);
+    Kernel kernel(layout_, *task, scratch);
+    while (place.task == task) place = attend_heads(kernel, place);
+    return place;
+  }
+
+  Place attend_heads(Kernel& kernel, Place place) {
+    const Task& task = *place.task;
+    const Heads heads = place.heads;
+    const int64_t count = layout_.count_queries(task);
+    kernel.start(heads);
+    for (int part = task.part; part < task.part_end; ++part) place = attend_part(kernel, place, count * heads.count());
+    for (int h = 0; h < heads.count(); ++h)
+      put_states(layout_, task, heads.begin + h, states_from(total_, h * count, layout_.padded_dim), partials_);
+    return place;
+  }
+
+  Place attend_part(Kernel& kernel, const Place& place, int64_t count) {
+    const Place next = after(place);
+    next_->set(layout_, next);
+    fetcher_.set(*pieces_, *next_);
+    const bool is_first = place.part == place.task->part;
+    for (int64_t first = 0; first < count; first += kQueries) {
+      const int64_t some = std::min<int64_t>(count - first, kQueries);
+      const States total = states_from(total_, first, layout_.padded_dim);
+      kernel.attend(*pieces_, first, some, fetcher_, is_first ? total : part_);
+      if (!is_first) merge(total, part_, some, layout_.padded_dim);
+    }
+    std::swap(pieces_, next_);
+    return next;
+  }
+
+  const Layout& layout_;
+  const Task* end_;
+  const States& partials_;
+  Fetcher fetcher_;
+  HeadPieces buffers_[2], *pieces_ = buffers_, *next_ = buffers_ + 1;
+  States total_ = {}, part_ = {};
+};
+
+using Attend = void(const Layout& layout, const Task* begin, const Task* end, const States& partials);
 Attend attend_lanes, attend_tiles;            // over floats; tiles where blocks.is_tiles
 Attend attend_code_lanes, attend_code_tiles;  // over int8
 

@@ -97,10 +97,12 @@ class Unpacker {
 
   // Which half of its step comes next is the caller's to know.
   QSERVE_INLINE void operator()(int half, int8_t* step) {
-    constexpr int kUnits = 4, kRun = Inputs / 8, kAhead = 8192;  // fetched so many bytes ahead
+    constexpr int kUnits = 4, kRun = Inputs / 8;
+    constexpr int kAhead = 8192, kGroupsAhead = 64;  // fetched so many bytes, and multiples, ahead
     int8_t* to = step + half * kUnits * 128;
 #pragma GCC unroll 4
     for (int unit = 0; unit < kUnits; unit += kRun) {
+      __builtin_prefetch((const uint16_t*)w_->scales + (group_ + kGroupsAhead) * kLanes, 0, kSecondLevel);
       const Numbers numbers(*w_, group_);
       if (++run_ == runs_) run_ = 0, ++group_;
 #pragma GCC unroll 4

@@ -1,5 +1,7 @@
 // y = x W^T: the kernels, and where their results go.
 #pragma once
+#include <algorithm>
+
 #include "gate.h"
 #include "lanes.h"
 #include "rows.h"
@@ -108,23 +110,23 @@ struct Range {
 
 // Tasks of a kernel that unpacks weights for all the rows it is given: pieces of rows by pieces of tiles, these in pairs.
 struct Blocks {
-  Pieces rows, tiles;
-  int64_t count() const { return rows.count() * tiles.count(); }
-  Range rows_of(int64_t task) const { return range(rows, task / tiles.count()); }
-  Range tiles_of(int64_t task) const { return range(tiles, task % tiles.count()); }
+  Pieces rows;
+  int64_t tiles, shares;
+  int64_t count() const { return rows.count() * shares; }
+  Range rows_of(int64_t task) const { return {rows.begin(task / shares), rows.end(task / shares)}; }
+  Range tiles_of(int64_t task) const { return {begin(task % shares), begin(task % shares + 1)}; }
 
  private:
-  static Range range(const Pieces& pieces, int64_t piece) { return {pieces.begin(piece), pieces.end(piece)}; }
+  int64_t begin(int64_t share) const { return std::min((tiles + 1) / 2 * share / shares * 2, tiles); }
 };
 
 // Rows are shared out where a thread's share is `many`, so that weights are unpacked once for so many rows that it costs
 // little; else channels. Tasks are so many that threads end together.
 inline Blocks split_blocks(const Weight& w, int64_t num_rows, const Team& team, int64_t many) {
-  constexpr int64_t kTasksPerThread = 8;
+  constexpr int64_t kTasksPerThread = 4;
   const Pieces rows = count_share(num_rows, team) >= many ? share_rows(num_rows, team) : Pieces{num_rows, num_rows};
-  const int64_t tasks = team.size() * kTasksPerThread, tiles = w.tiles() + w.tiles() % 2;
-  const int64_t size = (tiles * rows.count() + tasks - 1) / tasks;
-  return {rows, {w.tiles(), size + size % 2}};
+  const int64_t shares = share_out(team.size() * kTasksPerThread, rows.count());
+  return {rows, w.tiles(), std::min(shares, share_out(w.tiles(), 2))};
 }
 
 void multiply_integer(const Weight& w, const Rows& rows, const Output& output, Team& team);

@@ -185,7 +185,7 @@ void multiply_bf16_tiles(const Weight& w, const Rows& rows, const Output& output
   constexpr int64_t kMany = 64;
   const bool is_few = rows.count <= rows_per_tile(rows);
   const Pieces all = {rows.count, rows.count};
-  const Blocks blocks = is_few ? Blocks{all, {w.tiles(), 4}} : split_blocks(w, rows.count, team, kMany);
+  const Blocks blocks = is_few ? Blocks{all, w.tiles(), share_out(w.tiles(), 4)} : split_blocks(w, rows.count, team, kMany);
   const auto multiply = is_few ? multiply_few : multiply_many;
   team.run(blocks.count(), [&](int64_t task) {
     const TileScope scope(16);

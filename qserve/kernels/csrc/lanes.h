@@ -68,6 +68,19 @@ QSERVE_INLINE void store_some(float* to, F32 value, int count) {
   if (count > 0) memcpy(to, &value, count * sizeof(float));
 }
 
+// body(index, one of four, lanes left) for every 16 of `count` numbers: where each waits for the last that was alike, four
+// can be under way, and whole ones ask nothing.
+template <class Body>
+QSERVE_INLINE void by_fours(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) body(i + j * kLanes, j, kLanes);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j)
+    if (i + j * kLanes < count) body(i + j * kLanes, j, (int)(count - i) - j * kLanes);
+}
+
 // Sums and maxima over lanes, in one fixed tree: halves, quarters, and so on. GCC's and Clang's own for AVX-512 is it.
 #if defined(__AVX512F__)
 
@@ -353,6 +366,19 @@ QSERVE_INLINE I8x16 narrow_to_limits(I32 x) {
   const I32 low = splat(-128), high = splat(127);
   x = x < low ? low : x;
   return narrow(x > high ? high : x);
+#endif
+}
+
+// The same of four vectors, one after the other.
+QSERVE_INLINE void store_to_limits(int8_t* to, const I32 (&x)[4]) {
+#if defined(__AVX512BW__)
+  // Packing takes quarters of two vectors by turns, twice.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i left = _mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]);
+  const __m512i right = _mm512_packs_epi32((__m512i)x[2], (__m512i)x[3]);
+  store(to, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(left, right)));
+#else
+  for (int i = 0; i < 4; ++i) store(to + i * kLanes, narrow_to_limits(x[i]));
 #endif
 }
 

@@ -7,10 +7,8 @@ namespace {
 
 template <class Value>
 float sum_over(int64_t count, const Value& value) {
-  F32 sums[4] = {};  // an addition waits four cycles for the last to the same
-  for (int64_t i = 0; i < count; i += 4 * kLanes)
-    for (int j = 0; j < 4 && i + j * kLanes < count; ++j)
-      sums[j] += value(i + j * kLanes, (int)(count - i) - j * kLanes);
+  F32 sums[4] = {};
+  by_fours(count, [&](int64_t i, int j, int rest) { sums[j] += value(i, rest); });
   return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
@@ -33,12 +31,11 @@ float mean_square(const float* x, int64_t count, float mean) {
 void normalize_row(const float* x, const Norm& norm, float* to) {
   const float mean = norm.is_layer ? mean_of(x, norm.size) : 0.0f;
   const F32 factor = splat(1.0f / std::sqrt(mean_square(x, norm.size, mean) + norm.eps));
-  for (int64_t i = 0; i < norm.size; i += kLanes) {
-    const int rest = (int)(norm.size - i);
+  by_fours(norm.size, [&](int64_t i, int, int rest) {
     F32 y = (load_some(x + i, rest) - splat(mean)) * factor * load_some(norm.weight + i, rest);
     if (norm.bias != nullptr) y += load_some(norm.bias + i, rest);
     store_some(to + i, y, rest);
-  }
+  });
 }
 
 void read_input(const Stage& stage, int64_t row, float* to, int64_t features) {

@@ -29,9 +29,9 @@ struct Row {
 QSERVE_INLINE void store_codes(int8_t* to, I32 codes) { store(to, narrow(codes)); }
 
 float largest_magnitude(const float* x, int64_t count) {
-  F32 most = {};
-  for (int64_t i = 0; i < count; i += kLanes) most = largest(most, magnitude(load_some(x + i, (int)(count - i))));
-  return max_lanes(most);
+  F32 most[4] = {};
+  by_fours(count, [&](int64_t i, int j, int rest) { most[j] = largest(most[j], magnitude(load_some(x + i, rest))); });
+  return max_lanes(largest(largest(most[0], most[1]), largest(most[2], most[3])));
 }
 
 // Of one plane, over [begin, end), whole multiples of 16.
@@ -107,10 +107,11 @@ void quantize_int8(const float* x, const Weight& w, const Row& row, float scale,
   const F32 inverse = splat(1.0f / scale);
   const I32 shift = splat(zero);
   const int64_t features = w.padded_features();
-  for (int64_t i = 0; i < features; i += kLanes) {
-    const I32 q = round_to_int(load_some(x + i, (int)(features - i)) * inverse) + shift;
-    store(row.codes + i, narrow_to_limits(q));
-  }
+  const auto code = [&](int64_t i, int rest) { return round_to_int(load_some(x + i, rest) * inverse) + shift; };
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= features; i += 4 * kLanes)
+    store_to_limits(row.codes + i, {code(i, kLanes), code(i + kLanes, kLanes), code(i + 2 * kLanes, kLanes), code(i + 3 * kLanes, kLanes)});
+  for (; i < features; i += kLanes) store(row.codes + i, narrow_to_limits(code(i, (int)(features - i))));
   row.scales[0] = scale;
   *row.zero = zero;
 }
@@ -123,14 +124,13 @@ void clear_padding(const Weight& w, int8_t* codes) {
 }
 
 void quantize_asymmetric(const float* x, const Weight& w, const Row& row) {
-  F32 low[2] = {}, high[2] = {};  // two, for each waits for its own last value
-  const int64_t features = w.padded_features();
-  for (int64_t i = 0; i < features; i += 2 * kLanes)
-    for (int j = 0; j < 2; ++j) {
-      const F32 values = load_some(x + i + j * kLanes, (int)(features - i) - j * kLanes);
-      low[j] = smallest(low[j], values), high[j] = largest(high[j], values);
-    }
-  const float least = -max_lanes(-smallest(low[0], low[1])), most = max_lanes(largest(high[0], high[1]));
+  F32 low[4] = {}, high[4] = {};
+  by_fours(w.padded_features(), [&](int64_t i, int j, int rest) {
+    const F32 values = load_some(x + i, rest);
+    low[j] = smallest(low[j], values), high[j] = largest(high[j], values);
+  });
+  const float least = -max_lanes(-smallest(smallest(low[0], low[1]), smallest(low[2], low[3])));
+  const float most = max_lanes(largest(largest(high[0], high[1]), largest(high[2], high[3])));
   const float scale = std::fmax((most - least) / 255.0f, kTiny);
   const float zero = std::fmin(std::fmax(-128.0f - std::nearbyintf(least / scale), -128.0f), 127.0f);
   quantize_int8(x, w, row, scale, (int32_t)zero);

@@ -158,6 +158,8 @@ def _take(hidden: Tensor, rows: Tensor) -> Tensor:
 def _suppose(chunk: Chunk) -> list[Request]:
     """For each row that is sampled the request as it is there, if the guesses before it are right."""
     request, draft_ids = chunk.request, chunk.draft_ids
+    if request.takes_likeliest:
+        return [request] * (1 + len(draft_ids))
     return [request, *(request.supposing(draft_ids[:number]) for number in range(1, len(draft_ids) + 1))]
 
 

@@ -44,12 +44,15 @@ class Sampler:
     def __init__(self, *, choose: Choose = sample_plainly, seed: int | None = None) -> None:
         self._choose = choose
         self._seed = secrets.randbits(64) if seed is None else seed
+        self._likeliest: dict[int, Tensor] = {}  # by the number of rows: the draws of requests that ask for no draw
 
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[int | None]:
         """The next token of each request, from one row of logits each: (requests, vocabulary).
 
         None where the rules of a request leave no token.
         """
+        if all(each.takes_likeliest for each in requests):
+            return self._choose_likeliest(logits)
         rules = {row: Rules(each) for row, each in enumerate(requests) if has_rules(each)}
         changed = {row for row, each in enumerate(requests) if _is_changed(each)}
         tried = {row for row in rules if row not in changed and not _is_cut(requests[row])}
@@ -63,6 +66,12 @@ class Sampler:
         for row, token in self._choose_again(logits, left, requests, rules).items() if left else ():
             tokens[row] = token
         return tokens
+
+    def _choose_likeliest(self, logits: Tensor) -> list[int | None]:
+        draws = self._likeliest.get(len(logits))
+        if draws is None:
+            draws = self._likeliest[len(logits)] = torch.tensor([_LIKELIEST] * len(logits), dtype=torch.float64)
+        return [token if token >= 0 else None for (token,) in self._choose(logits, draws, None).tolist()]
 
     def _choose_by(self, logits: Tensor, draws: Sequence[Draw], bits: Mapping[int, bytes]) -> list[list[int]]:
         """The tokens of each row, each once, in the order in which they were drawn; none where nothing can be."""

@@ -47,6 +47,13 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # as logprobs, for every position of the prompt
     pooled_from: int | None = None  # the prompt's final hidden states from this position on are summed up
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the next token is the likeliest, and no token before it matters."""
+        is_weighed = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0 or self.logit_bias
+        is_bound = self.min_tokens or self.allowed_token_ids is not None or self.bad_words
+        return self.temperature == 0 and not is_weighed and not is_bound
+
 
 class Constraint(Protocol):
     """What structured output allows one request to say next. The scheduler tells it of every token, once."""
@@ -86,6 +93,7 @@ class Request:
         "pooled",
         "prefix_id",
         "priority",
+        "takes_likeliest",
         "token_ids",
     )
 
@@ -101,6 +109,7 @@ class Request:
         self.id = request_id
         self.params = params
         self.constraint = constraint
+        self.takes_likeliest = constraint is None and params.takes_likeliest
         self.priority = priority  # a lower number is served first
         self.token_ids = list(prompt_ids)  # the prompt and all that was generated
         self.num_prompt_tokens = len(prompt_ids)

@@ -32,19 +32,27 @@ struct Row {
   }
 
   float find_most(int64_t begin, int64_t end) const {
-    F32 most = splat(-INFINITY);
-    for (int64_t i = begin; i < end; i += kLanes) most = largest(most, load_at(i));
-    return max_lanes(most);
+    F32 most[4] = {splat(-INFINITY), splat(-INFINITY), splat(-INFINITY), splat(-INFINITY)};
+    by_fours(end - begin, [&](int64_t i, int j, int) { most[j] = largest(most[j], load_at(begin + i)); });
+    return max_lanes(largest(largest(most[0], most[1]), largest(most[2], most[3])));
   }
 
-  int64_t find_first(float value) const {
+  // The first of the likeliest; -1 where there is none.
+  int64_t find_likeliest() const {
+    float most = -INFINITY;
+    int64_t best = -1;
     for (int64_t run = 0; run < count_runs(count); ++run) {
-      if (find_most(run * kRun, end_of(run, count)) < value) continue;
-      for (int64_t i = run * kRun; i < end_of(run, count); i += kLanes) {
-        const F32 x = load_at(i);
-        for (int lane = 0; lane < kLanes; ++lane)
-          if (x[lane] == value) return i + lane;
-      }
+      const float most_of_run = find_most(run * kRun, end_of(run, count));
+      if (most_of_run > most) most = most_of_run, best = run;
+    }
+    return best < 0 ? -1 : find_first(most, best * kRun, end_of(best, count));
+  }
+
+  int64_t find_first(float value, int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; i += kLanes) {
+      const F32 x = load_at(i);
+      for (int lane = 0; lane < kLanes; ++lane)
+        if (x[lane] == value) return i + lane;
     }
     return -1;
   }
@@ -210,11 +218,9 @@ void cut_by_share(Weights& weights, double share) {
 }
 
 void sample_row(const Row& row, const Draw& draw, const double* numbers, int64_t* tokens, int64_t count) {
+  if (draw.temperature == 0) return (void)std::fill_n(tokens, count, row.find_likeliest());
   const float most = row.find_most(0, row.count);
-  if (draw.temperature == 0 || std::isinf(most)) {
-    std::fill_n(tokens, count, most == -INFINITY ? -1 : row.find_first(most));
-    return;
-  }
+  if (std::isinf(most)) return (void)std::fill_n(tokens, count, row.find_likeliest());
   Scratch& scratch = thread_scratch();
   scratch.reset();
   Weights weights(row, most, std::max((float)draw.temperature, kLeastTemperature), scratch);

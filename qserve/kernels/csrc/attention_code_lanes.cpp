@@ -20,6 +20,8 @@ QSERVE_INLINE I32 surplus(const int8_t* bytes, int64_t count) {
 
 class CodeLaneKernel : public CodeKernel<CodeLaneKernel> {
  public:
+  static constexpr bool kIsForManyHeads = false;
+
   CodeLaneKernel(const Layout& layout, const Task& task, Scratch& scratch) : CodeKernel(layout, task, scratch) {
     if (layout.blocks.together == 4) return;
     keys_ = scratch.take<int8_t>(kPart * depth_);
@@ -32,12 +34,14 @@ class CodeLaneKernel : public CodeKernel<CodeLaneKernel> {
     CodeKernel::prepare(piece);
   }
 
-  void score(const Piece& piece, int64_t first, int64_t count) {
+  void score(const Piece& piece, int64_t query, int64_t row, int64_t count, Fetcher* fetcher) {
+    if (fetcher != nullptr) fetcher->steps(piece.steps);
     for (int64_t i = 0; i < count; i += kMaxHeads)
-      with_count(count - i, [&](auto heads) { score_some<decltype(heads)::value>(piece, first, i); });
+      with_count(count - i, [&](auto heads) { score_some<decltype(heads)::value>(piece, query + i, row + i); });
   }
 
-  void mix(const Piece& piece, int64_t, int64_t count, float* values) {
+  void mix(const Piece& piece, int64_t, int64_t count, Fetcher* fetcher, float* values) {
+    if (fetcher != nullptr) fetcher->steps(piece.steps);
     for (int64_t i = 0; i < count; i += kMaxHeads)
       with_count(count - i, [&](auto heads) {
         constexpr int kHeads = decltype(heads)::value;
@@ -49,13 +53,13 @@ class CodeLaneKernel : public CodeKernel<CodeLaneKernel> {
 
  private:
   template <int Heads>
-  void score_some(const Piece& piece, int64_t first, int64_t index) {
+  void score_some(const Piece& piece, int64_t query, int64_t row) {
     const int8_t* queries[Heads];
     I32 upper_surplus[Heads], lower_surplus[Heads];
     const int64_t down = rows_ * depth_;
     const int64_t stride = layout_.blocks.together == 4 ? layout_.blocks.key_stride() : 4 * kStep;
     for (int h = 0; h < Heads; ++h) {
-      queries[h] = query_row(first + index + h);
+      queries[h] = query_row(query + h);
       upper_surplus[h] = surplus(queries[h], head_dim_), lower_surplus[h] = surplus(queries[h] + down, head_dim_);
     }
     for (int s = 0; s < piece.steps; ++s) {
@@ -68,7 +72,7 @@ class CodeLaneKernel : public CodeKernel<CodeLaneKernel> {
         }
       }
       for (int h = 0; h < Heads; ++h)
-        put_scores(piece, first, index + h, s, upper[h] - upper_surplus[h], lower[h] - lower_surplus[h]);
+        put_scores(piece, query + h, row + h, s, upper[h] - upper_surplus[h], lower[h] - lower_surplus[h]);
     }
   }
 

@@ -61,30 +61,37 @@ QSERVE_INLINE void multiply(std::integer_sequence<int, Columns...>, const Rows& 
 
 class CodeTileKernel : public CodeKernel<CodeTileKernel> {
  public:
+  static constexpr bool kIsForManyHeads = true;
+
   CodeTileKernel(const Layout& layout, const Task& task, Scratch& scratch)
       : CodeKernel(layout, task, scratch), tiles_(rows_ < kQueries ? 2 * rows_ : kQueries) {
     values_ = scratch.take<char>(kPart * head_dim_);
   }
 
-  void score(const Piece& piece, int64_t first, int64_t count) {
+  void score(const Piece& piece, int64_t query, int64_t row, int64_t count, Fetcher* fetcher) {
     const int64_t stride = layout_.blocks.key_stride();
     const auto keys = [&](int64_t step, int64_t d) { return piece.keys[step] + d * (kDepth / 4) * stride; };
-    multiply_all(count, piece.steps, {query_row(first), depth_, depth_}, keys, stride,
-                 [&](int64_t i, int64_t step, I32 upper, I32 lower) {
-                   put_scores(piece, first, i, (int)step, upper, lower);
-                 });
+    const auto put = [&](int64_t i, int64_t step, I32 upper, I32 lower) {
+      put_scores(piece, query + i, row + i, (int)step, upper, lower);
+    };
+    if (fetcher != nullptr) fetcher->steps(piece.steps);
+    multiply_all(count, piece.steps, {query_row(query), depth_, depth_}, keys, stride, put);
   }
 
   // The values of four steps are a tile's rows only where they stand behind each other.
-  void mix(const Piece& piece, int64_t first, int64_t count, float* values) {
+  void mix(const Piece& piece, int64_t row, int64_t count, Fetcher* fetcher, float* values) {
     const int64_t bytes = kStep * head_dim_;
-    for (int s = 0; s < piece.steps && first == 0; ++s) memcpy(values_ + s * bytes, piece.values[s], bytes);
+    for (int s = 0; s < piece.steps && fetcher != nullptr; ++s) {
+      fetcher->step();
+      memcpy(values_ + s * bytes, piece.values[s], bytes);
+    }
     const auto codes = [&](int64_t column, int64_t d) { return values_ + d * 4 * bytes + column * kLanes * 4; };
-    multiply_all(count, layout_.padded_dim / kLanes, {weight_row(0), kPart, (piece.steps + 3) / 4 * kDepth}, codes,
-                 head_dim_ * 4, [&](int64_t i, int64_t column, I32 upper, I32 lower) {
-                   store(values + i * layout_.padded_dim + column * kLanes,
-                         join_whole(upper, lower) * splat(weight_factors_[i]));
-                 });
+    const auto put = [&](int64_t i, int64_t column, I32 upper, I32 lower) {
+      store(values + i * layout_.padded_dim + column * kLanes,
+            join_whole(upper, lower) * splat(weight_factors_[row + i]));
+    };
+    multiply_all(count, layout_.padded_dim / kLanes, {weight_row(row), kPart, (piece.steps + 3) / 4 * kDepth}, codes,
+                 head_dim_ * 4, put);
   }
 
  private:

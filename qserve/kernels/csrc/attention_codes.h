@@ -40,13 +40,12 @@ QSERVE_INLINE void split_whole(const F32 (&x)[4], int8_t* upper, int8_t* lower) 
 
 QSERVE_INLINE F32 join_whole(I32 upper, I32 lower) { return fused(to_float(upper), splat(256.0f), to_float(lower)); }
 
-// Kernel: score(piece, first, count) fills the scores of so many queries, mix(piece, first, count, values) what comes
-// of the values. The bytes of queries, and of weights, stand in rows: of a group first all upper ones, then all lower.
+// Kernel: score(piece, query, row, count, fetcher) fills the scores of so many queries, from that row on; mix(piece, row,
+// count, fetcher, values) what comes of the values. Who is given a fetcher reads the piece first. The bytes of queries, and
+// of weights, stand in rows: of a group first all upper ones, then all lower.
 template <class Kernel>
 class CodeKernel {
  public:
-  static constexpr bool kIsForManyHeads = false;
-
   CodeKernel(const Layout& layout, const Task& task, Scratch& scratch)
       : layout_(layout),
         task_(task),
@@ -55,57 +54,47 @@ class CodeKernel {
         depth_((head_dim_ + 63) / 64 * 64),
         rows_(count_ <= kQueries / 2 ? count_ : kQueries),
         scale_(layout.attention) {
-    const int64_t groups = (count_ + rows_ - 1) / rows_;
-    queries_ = scratch.take<int8_t>(groups * 2 * rows_ * depth_);
-    factors_ = scratch.take<float>(count_);
+    const int64_t most = std::max<int64_t>(count_, kQueries);
+    queries_ = scratch.take<int8_t>((most + rows_ - 1) / rows_ * 2 * rows_ * depth_);
+    factors_ = scratch.take<float>(most);
   }
 
   void start(Heads heads) {
-    const int kv_head = heads.begin;
-    for (int64_t i = 0; i < count_; ++i) {
-      const float* query = layout_.query(task_, kv_head, (int)i);
-      F32 sizes = splat(kLeast);
-      for (int64_t d = 0; d < head_dim_; d += kLanes)
-        sizes = larger_size(sizes, load_some(query + d, (int)(head_dim_ - d)));
-      const float most = max_size(sizes);
-      int8_t* upper = query_row(i);
-      const F32 factor = splat(kMostWhole / most);
-      for (int64_t d = 0; d < depth_; d += 4 * kLanes) {
-        F32 some[4];
-        for (int v = 0; v < 4; ++v)
-          some[v] = load_some(query + d + v * kLanes, (int)(head_dim_ - d) - v * kLanes) * factor;
-        split_whole(some, upper + d, upper + rows_ * depth_ + d);
-      }
-      factors_[i] = most / kMostWhole * scale_.factor;
-    }
+    for (int h = 0; h < heads.count(); ++h)
+      for (int i = 0; i < count_; ++i) split_query(layout_.query(task_, heads.begin + h, i), h * count_ + i);
   }
 
   void prepare(Piece& piece) {
     if (piece.steps < kSteps) piece.value_scales[piece.steps] = piece.value_scales[piece.steps - 1];
   }
 
-  void attend(HeadPieces& pieces, int64_t first, int64_t count, Fetcher& fetcher, const States& states) {
-    Piece& piece = pieces.of[0];
+  void attend(HeadPieces& pieces, int64_t first, int64_t count, Fetcher& all, const States& states) {
     Kernel& kernel = *(Kernel*)this;
-    if (first == 0) kernel.prepare(piece);
-    if (first == 0) fetcher.steps(piece.steps);
-    kernel.score(piece, first, count);
-    for (int64_t i = 0; i < count; i += kTogether)
-      with_count(count - i, [&](auto some) { weigh_some<decltype(some)::value>(piece, first, i, states); });
-    if (first == 0) fetcher.steps(piece.steps);
-    kernel.mix(piece, first, count, states.values);
+    Fetcher* const fetcher = first == 0 ? &all : nullptr;
+    const int64_t each = pieces.count > 1 ? count_ : count;
+    for (int h = 0; h < pieces.count; ++h) {
+      if (fetcher != nullptr) kernel.prepare(pieces.of[h]);
+      kernel.score(pieces.of[h], first + h * each, h * each, each, fetcher);
+    }
+    for (int h = 0; h < pieces.count; ++h)
+      for (int64_t i = 0; i < each; i += kTogether)
+        with_count(each - i, [&](auto some) {
+          weigh_some<decltype(some)::value>(pieces.of[h], first + i, h * each + i, fetcher, states);
+        });
+    for (int h = 0; h < pieces.count; ++h)
+      kernel.mix(pieces.of[h], h * each, each, fetcher, states.values + h * each * layout_.padded_dim);
   }
 
  protected:
-  int8_t* query_row(int64_t index) const {
-    return queries_ + (index / rows_ * 2 * rows_ + index % rows_) * depth_;
-  }
-  // Of a query of the group under way.
-  int8_t* weight_row(int64_t index) { return weights_ + index * kPart; }
+  int8_t* query_row(int64_t query) const { return queries_ + place_of(query) * depth_; }
+  // Of a query of those under way.
+  int8_t* weight_row(int64_t row) { return weights_ + place_of(row) * kPart; }
+  // Of its upper bytes.
+  int64_t place_of(int64_t index) const { return index / rows_ * 2 * rows_ + index % rows_; }
 
-  QSERVE_INLINE void put_scores(const Piece& piece, int64_t first, int64_t index, int step, I32 upper, I32 lower) {
-    const F32 scales = load<F32>(piece.key_scales[step]) * splat(factors_[first + index]);
-    store(scores_ + index * kPart + step * kStep, join_whole(upper, lower) * scales);
+  QSERVE_INLINE void put_scores(const Piece& piece, int64_t query, int64_t row, int step, I32 upper, I32 lower) {
+    const F32 scales = load<F32>(piece.key_scales[step]) * splat(factors_[query]);
+    store(scores_ + row * kPart + step * kStep, join_whole(upper, lower) * scales);
   }
 
   const Layout& layout_;
@@ -116,37 +105,55 @@ class CodeKernel {
   float weight_factors_[kQueries];
 
  private:
+  void split_query(const float* query, int64_t index) {
+    F32 sizes = splat(kLeast);
+    for (int64_t d = 0; d < head_dim_; d += kLanes)
+      sizes = larger_size(sizes, load_some(query + d, (int)(head_dim_ - d)));
+    const float most = max_size(sizes);
+    int8_t* upper = query_row(index);
+    const F32 factor = splat(kMostWhole / most);
+    for (int64_t d = 0; d < depth_; d += 4 * kLanes) {
+      F32 some[4];
+      for (int v = 0; v < 4; ++v)
+        some[v] = load_some(query + d + v * kLanes, (int)(head_dim_ - d) - v * kLanes) * factor;
+      split_whole(some, upper + d, upper + rows_ * depth_ + d);
+    }
+    factors_[index] = most / kMostWhole * scale_.factor;
+  }
+
+  // Queries of a head, from this one of it on.
   template <int Count>
-  void weigh_some(const Piece& piece, int64_t first, int64_t index, const States& states) {
+  void weigh_some(const Piece& piece, int64_t query, int64_t row, Fetcher* fetcher, const States& states) {
     Span spans[Count];
     F32 most[Count];
-    for (int q = 0; q < Count; ++q) spans[q] = Span(layout_, task_, piece, first + index + q), most[q] = splat(kLeast);
-    float* scores = scores_ + index * kPart;
+    for (int q = 0; q < Count; ++q) spans[q] = Span(layout_, task_, piece, query + q), most[q] = splat(kLeast);
+    float* scores = scores_ + row * kPart;
     // What no row may see has any scale, even none that is a number.
     const auto times = [](F32 weights, const float* scales) {
       return weights > F32{} ? weights * load<F32>(scales) : F32{};
     };
     const auto put = [&](int q, int s, F32 some, F32 more) {
+      if (fetcher != nullptr) fetcher->idle();
       some = times(some, piece.value_scales[s]), more = times(more, piece.value_scales[s + 1]);
       store(scores + q * kPart + s * kStep, some);
       store(scores + q * kPart + (s + 1) * kStep, more);
       most[q] = larger_size(larger_size(most[q], some), more);
     };
-    weigh<Count>(scale_, spans, scores, piece.steps, states_from(states, index, 0), put);
-    for (int q = 0; q < Count; ++q) split_weights(index + q, max_size(most[q]), piece.steps);
+    weigh<Count>(scale_, spans, scores, piece.steps, states_from(states, row, 0), put);
+    for (int q = 0; q < Count; ++q) split_weights(row + q, max_size(most[q]), piece.steps);
   }
 
   // Up to a whole number of four steps, for a tile is as deep.
-  void split_weights(int64_t index, float most, int steps) {
-    const float* weights = scores_ + index * kPart;
-    int8_t* upper = weight_row(index);
+  void split_weights(int64_t row, float most, int steps) {
+    const float* weights = scores_ + row * kPart;
+    int8_t* upper = weight_row(row);
     const F32 factor = splat(kMostWhole / most);
     for (int s = 0; s < steps; s += 4) {
       F32 some[4];
       for (int v = 0; v < 4; ++v) some[v] = s + v < steps ? load<F32>(weights + (s + v) * kStep) * factor : F32{};
       split_whole(some, upper + s * kStep, upper + rows_ * kPart + s * kStep);
     }
-    weight_factors_[index] = most / kMostWhole;
+    weight_factors_[row] = most / kMostWhole;
   }
 
   int8_t* queries_;

@@ -118,6 +118,20 @@ inline Piece make_piece(const Layout& layout, const Task& task, int kv_head, int
   return piece;
 }
 
+// A block's heads stand one behind the other.
+inline Piece next_head(const Layout& layout, Piece piece) {
+  ++piece.kv_head;
+  const int64_t bytes = layout.blocks.head_bytes;
+  if (!layout.blocks.has_whole_steps()) return piece;
+  for (int s = 0; s < piece.steps; ++s) piece.keys[s] += bytes, piece.values[s] += bytes;
+  if (layout.cache.type != kCodes) return piece;
+  for (int s = 0; s < piece.steps; ++s) {
+    piece.key_scales[s] += bytes / (int64_t)sizeof(float);
+    piece.value_scales[s] += bytes / (int64_t)sizeof(float);
+  }
+  return piece;
+}
+
 // Kv heads [begin, end) whose queries are computed together: as many as a tile has rows for.
 struct Heads {
   int begin, end;
@@ -138,7 +152,8 @@ struct HeadPieces {
 
   void set(const Layout& layout, const Place& place) {
     count = place.heads.count();
-    for (int h = 0; h < count; ++h) of[h] = make_piece(layout, *place.task, place.heads.begin + h, place.part);
+    if (count > 0) of[0] = make_piece(layout, *place.task, place.heads.begin, place.part);
+    for (int h = 1; h < count; ++h) of[h] = next_head(layout, of[h - 1]);
   }
   int steps() const { return count > 0 ? of[0].steps : 0; }
 };

@@ -132,7 +132,7 @@ class CodeLaneKernel : public CodeKernel<CodeLaneKernel> {
 }  // namespace
 
 void attend_code_lanes(const Layout& layout, const Task* begin, const Task* end, const States& partials) {
-  Walk<CodeLaneKernel>(layout, begin, end, partials);
+  Walk<CodeLaneKernel>(layout, end, partials).go(begin);
 }
 
 }  // namespace qserve

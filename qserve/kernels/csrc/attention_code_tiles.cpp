@@ -131,7 +131,7 @@ class CodeTileKernel : public CodeKernel<CodeTileKernel> {
 }  // namespace
 
 void attend_code_tiles(const Layout& layout, const Task* begin, const Task* end, const States& partials) {
-  Walk<CodeTileKernel>(layout, begin, end, partials);
+  Walk<CodeTileKernel>(layout, end, partials).go(begin);
 }
 
 #else

@@ -145,8 +145,8 @@ class LaneKernel {
 
 void attend_lanes(const Layout& layout, const Task* begin, const Task* end, const States& partials) {
   const bool is_bf16 = layout.cache.type == kBF16 && layout.blocks.has_whole_steps();
-  if (is_bf16) Walk<LaneKernel<kBF16>>(layout, begin, end, partials);
-  if (!is_bf16) Walk<LaneKernel<kF32>>(layout, begin, end, partials);
+  if (is_bf16) Walk<LaneKernel<kBF16>>(layout, end, partials).go(begin);
+  if (!is_bf16) Walk<LaneKernel<kF32>>(layout, end, partials).go(begin);
 }
 
 }  // namespace qserve

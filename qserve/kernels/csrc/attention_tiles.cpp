@@ -198,7 +198,7 @@ class TileKernel {
 }  // namespace
 
 void attend_tiles(const Layout& layout, const Task* begin, const Task* end, const States& partials) {
-  Walk<TileKernel>(layout, begin, end, partials);
+  Walk<TileKernel>(layout, end, partials).go(begin);
 }
 
 #else

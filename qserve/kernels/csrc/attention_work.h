@@ -159,8 +159,9 @@ struct HeadPieces {
 };
 
 // Fetches what a kernel comes to: a block table leads anywhere, which no hardware foresees. Memory is the limit of single
-// rows, so it is to have requests all the time: whoever comes to a step has about one fetched, and who reads nothing for a
-// while some more. Into the second level of the cache, which has more requests under way.
+// rows, and is to have requests all the time: with each step that a kernel reads about one is fetched that it comes to some
+// steps later, and a quarter with what it does in between. Into the second level of the cache, which has more requests
+// under way.
 class Fetcher {
  public:
   explicit Fetcher(const CacheLayout& blocks)
@@ -177,6 +178,7 @@ class Fetcher {
     if (fetched_ == 0) fetch(kQuarters * kAhead);
   }
 
+  // The kernel comes to the keys, or the values, of its next step.
   void step() {
     const bool is_near = fetched_ < kQuarters * (++reached_ + kNear);
     fetch(is_near ? kQuarters : kQuarters - 1);
@@ -184,6 +186,7 @@ class Fetcher {
   void steps(int count) {
     for (; count > 0; --count) step();
   }
+  // It computes, and reads nothing.
   void idle() { fetch(1); }
 
  private:
@@ -223,9 +226,10 @@ class Fetcher {
     }
   }
 
-  int64_t key_line_, lines_;             // of a quarter
-  int64_t own_ = 0, count_ = 0;          // runs: without the next keys, and all
-  int64_t fetched_ = 0, reached_ = 0;    // quarters; runs
+  int64_t key_line_;                   // from one to the next, bytes
+  int64_t lines_;                      // of a quarter
+  int64_t own_ = 0, count_ = 0;        // runs: without the next keys, and all
+  int64_t fetched_ = 0, reached_ = 0;  // quarters; runs
   Run runs_[kMostRuns + kAhead];
 };
 
@@ -316,11 +320,13 @@ QSERVE_INLINE void weigh(const Scale& scale, const Span* spans, float* scores, i
 template <class Kernel>
 class Walk {
  public:
-  Walk(const Layout& layout, const Task* begin, const Task* end, const States& partials)
-      : layout_(layout), end_(end), partials_(partials), fetcher_(layout.blocks) {
+  Walk(const Layout& layout, const Task* end, const States& partials)
+      : layout_(layout), end_(end), partials_(partials), fetcher_(layout.blocks) {}
+
+  void go(const Task* begin) {
     Place place = start_of(begin, begin->kv_head);
-    pieces_->set(layout, place);
-    while (place.task < end) place = attend_task(place);
+    pieces_->set(layout_, place);
+    while (place.task < end_) place = attend_task(place);
   }
 
  private:

@@ -108,7 +108,8 @@ struct Range {
   int64_t begin, end;
 };
 
-// Tasks of a kernel that unpacks weights for all the rows it is given: pieces of rows by pieces of tiles, these in pairs.
+// Tasks of a kernel that unpacks weights for all the rows it is given: pieces of rows by shares of tiles. These are as even
+// as pairs of tiles can be, for a loop takes as long as the thread that has most.
 struct Blocks {
   Pieces rows;
   int64_t tiles, shares;
@@ -121,7 +122,7 @@ struct Blocks {
 };
 
 // Rows are shared out where a thread's share is `many`, so that weights are unpacked once for so many rows that it costs
-// little; else channels. Tasks are so many that threads end together.
+// little; else channels. Tasks are so many that a thread that was held up can be helped.
 inline Blocks split_blocks(const Weight& w, int64_t num_rows, const Team& team, int64_t many) {
   constexpr int64_t kTasksPerThread = 4;
   const Pieces rows = count_share(num_rows, team) >= many ? share_rows(num_rows, team) : Pieces{num_rows, num_rows};

@@ -30,7 +30,9 @@ QSERVE_INLINE void store_codes(int8_t* to, I32 codes) { store(to, narrow(codes))
 
 float largest_magnitude(const float* x, int64_t count) {
   F32 most[4] = {};
-  by_fours(count, [&](int64_t i, int j, int rest) { most[j] = largest(most[j], magnitude(load_some(x + i, rest))); });
+  by_fours(count, [&](int64_t i, int j, int rest) {
+    most[j] = largest(most[j], magnitude(load_some(x + i, rest)));
+  });
   return max_lanes(largest(largest(most[0], most[1]), largest(most[2], most[3])));
 }
 
@@ -109,8 +111,11 @@ void quantize_int8(const float* x, const Weight& w, const Row& row, float scale,
   const int64_t features = w.padded_features();
   const auto code = [&](int64_t i, int rest) { return round_to_int(load_some(x + i, rest) * inverse) + shift; };
   int64_t i = 0;
-  for (; i + 4 * kLanes <= features; i += 4 * kLanes)
-    store_to_limits(row.codes + i, {code(i, kLanes), code(i + kLanes, kLanes), code(i + 2 * kLanes, kLanes), code(i + 3 * kLanes, kLanes)});
+  for (; i + 4 * kLanes <= features; i += 4 * kLanes) {
+    I32 four[4];
+    for (int j = 0; j < 4; ++j) four[j] = code(i + j * kLanes, kLanes);
+    store_to_limits(row.codes + i, four);
+  }
   for (; i < features; i += kLanes) store(row.codes + i, narrow_to_limits(code(i, (int)(features - i))));
   row.scales[0] = scale;
   *row.zero = zero;

@@ -49,7 +49,8 @@ class Results {
   int64_t row_ = 0, end_ = 0;
 };
 
-// Codes where they stand. For one block of rows they are fetched a little ahead, for more those of the next slab, evenly.
+// Codes where they stand. While a slab is multiplied the one that comes next is fetched, evenly: into the second level of
+// the cache, for the first is full.
 class Standing {
  public:
   static constexpr bool kIsSigned = false;
@@ -58,11 +59,9 @@ class Standing {
   explicit Standing(const Weight& w) : w_(w), tile_bytes_((int64_t)w.padded_features() * kLanes) {}
 
   const int8_t* open(int64_t tile, int64_t first, int64_t, int64_t blocks) {
-    constexpr int64_t kAhead = 2048;  // measured, where weights come from the last cache
     const int8_t* left = (const int8_t*)w_.codes + tile * tile_bytes_ + first * kTileBytes;
     right_ = tile + 1 < w_.tiles() ? tile_bytes_ : 0;
-    const int64_t ahead = blocks == 1 ? kAhead : kTiles * tile_bytes_;
-    next_[0] = left + ahead, next_[1] = right(left) + ahead;
+    next_[0] = left + kTiles * tile_bytes_, next_[1] = right(left) + kTiles * tile_bytes_;
     lines_ = share_out(kTileBytes / 64, blocks);
     return left;
   }
@@ -70,7 +69,7 @@ class Standing {
   QSERVE_INLINE const int8_t* right(const int8_t* left) const { return left + right_; }
 
   QSERVE_INLINE void amidst(int half) {
-    for (int64_t line = 0; line < lines_; ++line, next_[half] += 64) __builtin_prefetch(next_[half]);
+    for (int64_t line = 0; line < lines_; ++line, next_[half] += 64) __builtin_prefetch(next_[half], 0, kSecondLevel);
   }
 
  private:

@@ -247,18 +247,28 @@ struct Standing {
   }
 };
 
+// Those of the next pair of tiles are fetched while one is multiplied.
+struct Fetching {
+  const int8_t* next[2];
+
+  QSERVE_INLINE void operator()(int side) {
+    for (int line = 0; line < kTileBytes; line += 64) __builtin_prefetch(next[side] + line, 0, kSecondLevel);
+    next[side] += kTileBytes;
+  }
+};
+
 void multiply_codes(const Weight& w, const Rows& rows, const Output& output, Range block, Range tiles) {
   const int64_t tile_bytes = (int64_t)w.padded_features() * kLanes;
   const int64_t steps = w.padded_features() / kStep, size = slab_size(w, block);
   thread_scratch().reset();
   Task task(w, rows, output, block);
-  Nothing nothing;
   for (int64_t tile = tiles.begin; tile < tiles.end; tile += 2)
     for (int64_t first = 0; first < steps; first += size) {
       const Slab slab = {tile, first, std::min(size, steps - first), first == 0, first + size >= steps};
       const int8_t* left = (const int8_t*)w.codes + tile * tile_bytes + first * kTileBytes;
       const int8_t* right = tile + 1 < w.tiles() ? left + tile_bytes : left;
-      task.multiply(slab, Standing{left, right}, nothing);
+      Fetching fetching = {{left + 2 * tile_bytes, right + 2 * tile_bytes}};
+      task.multiply(slab, Standing{left, right}, fetching);
     }
   task.finish();
 }

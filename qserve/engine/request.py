@@ -50,9 +50,9 @@ class SamplingParams:
     @property
     def takes_likeliest(self) -> bool:
         """Whether the next token is the likeliest, and no token before it matters."""
-        is_weighed = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0 or self.logit_bias
-        is_bound = self.min_tokens or self.allowed_token_ids is not None or self.bad_words
-        return self.temperature == 0 and not is_weighed and not is_bound
+        is_penalized = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        is_bound = self.min_tokens or self.allowed_token_ids is not None or self.bad_words or self.logit_bias
+        return self.temperature == 0 and not is_penalized and not is_bound
 
 
 class Constraint(Protocol):
@@ -74,6 +74,7 @@ class Request:
     """
 
     __slots__ = (
+        "_takes_likeliest",
         "admitted_at",
         "arrival",
         "block_ids",
@@ -93,7 +94,6 @@ class Request:
         "pooled",
         "prefix_id",
         "priority",
-        "takes_likeliest",
         "token_ids",
     )
 
@@ -109,7 +109,7 @@ class Request:
         self.id = request_id
         self.params = params
         self.constraint = constraint
-        self.takes_likeliest = constraint is None and params.takes_likeliest
+        self._takes_likeliest = params.takes_likeliest
         self.priority = priority  # a lower number is served first
         self.token_ids = list(prompt_ids)  # the prompt and all that was generated
         self.num_prompt_tokens = len(prompt_ids)
@@ -127,6 +127,11 @@ class Request:
         self.first_token_at = 0.0
         self.last_token_at = 0.0
         self.finished_at = 0.0
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether nothing but the logits counts for its next token, and of them the largest."""
+        return self._takes_likeliest and self.constraint is None
 
     @property
     def num_tokens(self) -> int:

@@ -114,6 +114,29 @@ def test_greedy_and_nearly_greedy() -> None:
     assert Sampler().sample(logits, [_request(temperature=1e-30)] * 6) == best
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": 2.0},
+        {"repetition_penalty": 4.0},
+        {"logit_bias": {8: -2.0}},
+        {"allowed_token_ids": frozenset({3, 5})},
+        {"bad_words": ((8,),)},
+        {"min_tokens": 9, "stop_token_ids": frozenset({8})},
+    ],
+)
+def test_greedy_takes_the_likeliest_only_where_nothing_else_counts(options: dict[str, Any]) -> None:
+    logits = torch.zeros(1, VOCABULARY)
+    logits[0, 8], logits[0, 5] = 1.0, 0.5
+    assert Sampler().sample(logits, [_request(output=(8,), temperature=0.0)]) == [8]
+    assert Sampler().sample(logits, [_request(output=(8,), temperature=0.0, **options)]) == [5]
+
+
+def test_greedy_finds_nothing_where_nothing_is_a_number() -> None:
+    assert Sampler().sample(torch.full((2, VOCABULARY), math.nan), [_request(temperature=0.0)] * 2) == [None, None]
+
+
 def test_a_row_minds_only_itself() -> None:
     logits = _logits(9)
     requests = [

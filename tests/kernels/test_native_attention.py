@@ -51,7 +51,9 @@ CASES = {
     "tiles-many-heads": Case(spec=attention(8, 1, 256), block_size=32, dtype=BFLOAT16),
     "tiles-more-heads-than-rows": Case(spec=attention(40, 2, 32, sliding_window=150), block_size=48, dtype=BFLOAT16),
     "tiles-soft-cap": Case(spec=attention(6, 2, 96, soft_cap=20.0, query_norm=norm(96)), dtype=BFLOAT16),
+    "tiles-heads-of-two-turns": Case(spec=attention(21, 7, 32), dtype=BFLOAT16),  # five together, then two
     "int8": Case(spec=attention(9, 3, 64), dtype=INT8),
+    "int8-heads-of-two-turns": Case(spec=attention(20, 20, 64), dtype=INT8),  # sixteen, then four
     "int8-one-head-each": Case(spec=attention(3, 3, 128, sliding_window=33), block_size=64, dtype=INT8),
     "int8-many-heads": Case(spec=attention(8, 1, 256), block_size=32, dtype=INT8),
     "int8-more-heads-than-rows": Case(spec=attention(40, 2, 32, sliding_window=150), block_size=48, dtype=INT8),

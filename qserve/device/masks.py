@@ -57,12 +57,7 @@ def forbid(logits: Floats, bits: bytes) -> Floats:
 def has_rules(request: Request) -> bool:
     """Whether any rule may forbid this request's next token something."""
     params = request.params
-    return (
-        request.constraint is not None
-        or params.allowed_token_ids is not None
-        or bool(params.bad_words)
-        or request.num_output_tokens < params.min_tokens
-    )
+    return request.constraint is not None or params.forbids_tokens or request.num_output_tokens < params.min_tokens
 
 
 def find_banned_ids(request: Request) -> set[int]:

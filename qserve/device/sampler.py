@@ -44,7 +44,6 @@ class Sampler:
     def __init__(self, *, choose: Choose = sample_plainly, seed: int | None = None) -> None:
         self._choose = choose
         self._seed = secrets.randbits(64) if seed is None else seed
-        self._likeliest: dict[int, Tensor] = {}  # by the number of rows: the draws of requests that ask for no draw
 
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[int | None]:
         """The next token of each request, from one row of logits each: (requests, vocabulary).
@@ -52,26 +51,20 @@ class Sampler:
         None where the rules of a request leave no token.
         """
         if all(each.takes_likeliest for each in requests):
-            return self._choose_likeliest(logits)
+            return _first(self._choose_by(logits, [_LIKELIEST] * len(requests), {}))
         rules = {row: Rules(each) for row, each in enumerate(requests) if has_rules(each)}
         changed = {row for row, each in enumerate(requests) if _is_changed(each)}
         tried = {row for row in rules if row not in changed and not _is_cut(requests[row])}
         bits = {row: rules[row].permitted(logits.shape[1]) for row in rules.keys() - changed - tried}
         draws = [self._describe(each, end=NUM_TRIALS if row in tried else 1) for row, each in enumerate(requests)]
         chosen = self._choose_by(logits, draws, bits)
-        tokens = [each[0] if each else None for each in chosen]
+        tokens = _first(chosen)
         for row in tried:
             tokens[row] = rules[row].find_permitted(chosen[row])
         left = dict.fromkeys(changed, 0) | {row: NUM_TRIALS for row in tried if tokens[row] is None}
         for row, token in self._choose_again(logits, left, requests, rules).items() if left else ():
             tokens[row] = token
         return tokens
-
-    def _choose_likeliest(self, logits: Tensor) -> list[int | None]:
-        draws = self._likeliest.get(len(logits))
-        if draws is None:
-            draws = self._likeliest[len(logits)] = torch.tensor([_LIKELIEST] * len(logits), dtype=torch.float64)
-        return [token if token >= 0 else None for (token,) in self._choose(logits, draws, None).tolist()]
 
     def _choose_by(self, logits: Tensor, draws: Sequence[Draw], bits: Mapping[int, bytes]) -> list[list[int]]:
         """The tokens of each row, each once, in the order in which they were drawn; none where nothing can be."""
@@ -113,6 +106,10 @@ class Sampler:
         return uniforms(f"{self._seed}/{request.id}" if seed is None else f"{seed}", request.num_tokens)
 
 
+def _first(chosen: Sequence[Sequence[int]]) -> list[int | None]:
+    return [each[0] if each else None for each in chosen]
+
+
 def _to_host(logits: Tensor, rows: Sequence[int]) -> Iterable[Floats]:
     """These rows, one after the other."""
     if logits.device.type != "cpu":
@@ -144,9 +141,7 @@ def adjust(logits: Floats, request: Request) -> None:
 
 def _is_changed(request: Request) -> bool:
     """Whether the token is not chosen by kernels of the raw logits."""
-    params = request.params
-    is_weighed = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
-    return bool(is_weighed or params.logit_bias or _is_typical(request))
+    return request.params.changes_logits or _is_typical(request)
 
 
 def _is_typical(request: Request) -> bool:

@@ -48,11 +48,14 @@ class SamplingParams:
     pooled_from: int | None = None  # the prompt's final hidden states from this position on are summed up
 
     @property
-    def takes_likeliest(self) -> bool:
-        """Whether the next token is the likeliest, and no token before it matters."""
+    def changes_logits(self) -> bool:
         is_penalized = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
-        is_bound = self.min_tokens or self.allowed_token_ids is not None or self.bad_words or self.logit_bias
-        return self.temperature == 0 and not is_penalized and not is_bound
+        return bool(is_penalized or self.logit_bias)
+
+    @property
+    def forbids_tokens(self) -> bool:
+        """At any time; the first `min_tokens` may not be stop tokens besides."""
+        return self.allowed_token_ids is not None or bool(self.bad_words)
 
 
 class Constraint(Protocol):
@@ -74,7 +77,6 @@ class Request:
     """
 
     __slots__ = (
-        "_takes_likeliest",
         "admitted_at",
         "arrival",
         "block_ids",
@@ -109,7 +111,6 @@ class Request:
         self.id = request_id
         self.params = params
         self.constraint = constraint
-        self._takes_likeliest = params.takes_likeliest
         self.priority = priority  # a lower number is served first
         self.token_ids = list(prompt_ids)  # the prompt and all that was generated
         self.num_prompt_tokens = len(prompt_ids)
@@ -131,7 +132,9 @@ class Request:
     @property
     def takes_likeliest(self) -> bool:
         """Whether nothing but the logits counts for its next token, and of them the largest."""
-        return self._takes_likeliest and self.constraint is None
+        params = self.params
+        is_bound = self.constraint is not None or params.min_tokens or params.forbids_tokens
+        return params.temperature == 0 and not is_bound and not params.changes_logits
 
     @property
     def num_tokens(self) -> int:

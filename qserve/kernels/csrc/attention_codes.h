@@ -17,8 +17,6 @@ constexpr float kLeast = 1e-30f;  // so that nothing is divided by zero
 // The whole numbers next to 64, each in two bytes.
 QSERVE_INLINE void split_whole(const F32 (&x)[4], int8_t* upper, int8_t* lower) {
 #if defined(__AVX512BW__)
-  // Packing takes quarters of two vectors by turns, twice; in the end they are put in order.
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const auto pack = [&](int i) {
     return _mm512_packs_epi32((__m512i)round_to_int(x[i]), (__m512i)round_to_int(x[i + 1]));
   };
@@ -27,8 +25,8 @@ QSERVE_INLINE void split_whole(const F32 (&x)[4], int8_t* upper, int8_t* lower) 
   const __m512i right_upper = _mm512_srai_epi16(_mm512_add_epi16(right, half), 8);
   const __m512i left_lower = _mm512_sub_epi16(left, _mm512_slli_epi16(left_upper, 8));
   const __m512i right_lower = _mm512_sub_epi16(right, _mm512_slli_epi16(right_upper, 8));
-  store(upper, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(left_upper, right_upper)));
-  store(lower, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(left_lower, right_lower)));
+  store(upper, pack_in_order(left_upper, right_upper));
+  store(lower, pack_in_order(left_lower, right_lower));
 #else
   for (int i = 0; i < 4; ++i) {
     const I32 whole = round_to_int(x[i]);
@@ -41,8 +39,8 @@ QSERVE_INLINE void split_whole(const F32 (&x)[4], int8_t* upper, int8_t* lower) 
 QSERVE_INLINE F32 join_whole(I32 upper, I32 lower) { return fused(to_float(upper), splat(256.0f), to_float(lower)); }
 
 // Kernel: score(piece, query, row, count, fetcher) fills the scores of so many queries, from that row on; mix(piece, row,
-// count, fetcher, values) what comes of the values. Who is given a fetcher reads the piece first. The bytes of queries, and
-// of weights, stand in rows: of a group first all upper ones, then all lower.
+// count, fetcher, values) what comes of the values. The bytes of queries, and of weights, stand in rows: of a group first
+// all upper ones, then all lower.
 template <class Kernel>
 class CodeKernel {
  public:
@@ -68,9 +66,8 @@ class CodeKernel {
     if (piece.steps < kSteps) piece.value_scales[piece.steps] = piece.value_scales[piece.steps - 1];
   }
 
-  void attend(HeadPieces& pieces, int64_t first, int64_t count, Fetcher& all, const States& states) {
+  void attend(HeadPieces& pieces, int64_t first, int64_t count, Fetcher* fetcher, const States& states) {
     Kernel& kernel = *(Kernel*)this;
-    Fetcher* const fetcher = first == 0 ? &all : nullptr;
     const int64_t each = pieces.count > 1 ? count_ : count;
     for (int h = 0; h < pieces.count; ++h) {
       if (fetcher != nullptr) kernel.prepare(pieces.of[h]);

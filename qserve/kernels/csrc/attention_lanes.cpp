@@ -71,15 +71,14 @@ class LaneKernel {
     }
   }
 
-  void attend(HeadPieces& pieces, int64_t first, int64_t count, Fetcher& fetcher, const States& states) {
+  void attend(HeadPieces& pieces, int64_t first, int64_t count, Fetcher* fetcher, const States& states) {
     Piece& piece = pieces.of[0];
-    if (first == 0) prepare(piece);
-    if (first == 0) fetcher.steps(piece.steps);
+    if (fetcher != nullptr) prepare(piece), fetcher->steps(piece.steps);
     for (int64_t i = 0; i < count; i += kMaxHeads)
       with_count(count - i, [&](auto heads) {
         attend_some<decltype(heads)::value>(piece, first + i, states_from(states, i, layout_.padded_dim));
       });
-    if (first == 0) fetcher.steps(piece.steps);
+    if (fetcher != nullptr) fetcher->steps(piece.steps);
   }
 
  private:

@@ -74,14 +74,13 @@ class TileKernel {
       for (int i = 0; i < count_; ++i) split_query(layout_.query(task_, heads.begin + h, i), (h * count_ + i) * head_dim_);
   }
 
-  void attend(HeadPieces& pieces, int64_t first, int64_t count, Fetcher& all, const States& states) {
-    Fetcher* const fetcher = first == 0 ? &all : nullptr;
+  void attend(HeadPieces& pieces, int64_t first, int64_t count, Fetcher* fetcher, const States& states) {
     for (int h = 0; h < pieces.count; ++h) score(pieces.of[h], first + h * count_, h * count_, fetcher);
     for (int64_t i = 0; i < count; i += kTogether)
       with_count(count - i, [&](auto some) {
         weigh_some<decltype(some)::value>(pieces.of[0], first + i, i, fetcher, states_from(states, i, 0));
       });
-    if (first == 0) clean_last(pieces);
+    if (fetcher != nullptr) clean_last(pieces);
     for (int h = 0; h < pieces.count; ++h)
       mix(pieces.of[h], h * count_, fetcher, states.values + h * count_ * head_dim_);
   }

@@ -171,10 +171,10 @@ class Fetcher {
   // A kernel comes to the keys of all heads, then to their values, then to the next keys.
   void set(const HeadPieces& now, const HeadPieces& next) {
     fetched_ = std::max<int64_t>(fetched_ - kQuarters * own_, 0), reached_ = 0, count_ = 0;
-    add_keys(now, kMostRuns);
-    add_values(now);
+    add(now, true, kMostRuns);
+    add(now, false, kMostRuns);
     own_ = count_;
-    add_keys(next, own_ + kAhead);
+    add(next, true, own_ + kAhead);
     if (fetched_ == 0) fetch(kQuarters * kAhead);
   }
 
@@ -201,19 +201,15 @@ class Fetcher {
     const float* scales[2];
   };
 
-  void add_keys(const HeadPieces& pieces, int64_t most) {
+  // Of pieces whose steps do not stand in one block each there is nothing to fetch.
+  void add(const HeadPieces& pieces, bool are_keys, int64_t most) {
     for (int h = 0; h < pieces.count; ++h)
       for (int s = 0; s < pieces.steps() && count_ < most; ++s) {
         const Piece& piece = pieces.of[h];
-        if (piece.keys[s] != nullptr)
-          runs_[count_++] = {piece.keys[s], key_line_, {piece.key_scales[s], piece.value_scales[s]}};
+        if (piece.keys[s] == nullptr) return;
+        if (are_keys) runs_[count_++] = {piece.keys[s], key_line_, {piece.key_scales[s], piece.value_scales[s]}};
+        if (!are_keys) runs_[count_++] = {piece.values[s], kLine, {}};
       }
-  }
-
-  void add_values(const HeadPieces& pieces) {
-    for (int h = 0; h < pieces.count; ++h)
-      for (int s = 0; s < pieces.steps(); ++s)
-        if (pieces.of[h].values[s] != nullptr) runs_[count_++] = {pieces.of[h].values[s], kLine, {}};
   }
 
   QSERVE_INLINE void fetch(int64_t quarters) {
@@ -316,7 +312,7 @@ QSERVE_INLINE void weigh(const Scale& scale, const Span* spans, float* scores, i
 
 // A thread's way through some tasks, by a kernel: Kernel(layout, task, scratch); start(heads) reads their queries;
 // attend(pieces, first, count, fetcher, states) fills the states of up to kQueries queries from `first`, those of one head,
-// or all those of some heads. Pieces are read by their first queries, and by others from the caches.
+// or all those of some heads. Who is given a fetcher reads the pieces first; others find them in the caches.
 template <class Kernel>
 class Walk {
  public:
@@ -373,7 +369,7 @@ class Walk {
     for (int64_t first = 0; first < count; first += kQueries) {
       const int64_t some = std::min<int64_t>(count - first, kQueries);
       const States total = states_from(total_, first, layout_.padded_dim);
-      kernel.attend(*pieces_, first, some, fetcher_, is_first ? total : part_);
+      kernel.attend(*pieces_, first, some, first == 0 ? &fetcher_ : nullptr, is_first ? total : part_);
       if (!is_first) merge(total, part_, some, layout_.padded_dim);
     }
     std::swap(pieces_, next_);

@@ -369,14 +369,19 @@ QSERVE_INLINE I8x16 narrow_to_limits(I32 x) {
 #endif
 }
 
-// The same of four vectors, one after the other.
+#if defined(__AVX512BW__)
+// The bytes of four vectors in order, where each pair was packed to 16 bits: packing takes quarters of two by turns.
+QSERVE_INLINE __m512i pack_in_order(__m512i left, __m512i right) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, _mm512_packs_epi16(left, right));
+}
+#endif
+
+// The nearest that int8 can hold, of four vectors one after the other.
 QSERVE_INLINE void store_to_limits(int8_t* to, const I32 (&x)[4]) {
 #if defined(__AVX512BW__)
-  // Packing takes quarters of two vectors by turns, twice.
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i left = _mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]);
-  const __m512i right = _mm512_packs_epi32((__m512i)x[2], (__m512i)x[3]);
-  store(to, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(left, right)));
+  store(to, pack_in_order(left, _mm512_packs_epi32((__m512i)x[2], (__m512i)x[3])));
 #else
   for (int i = 0; i < 4; ++i) store(to + i * kLanes, narrow_to_limits(x[i]));
 #endif
